@@ -1,0 +1,1 @@
+"""The two stores of layers: one interface (base.py), `thin` for device-mapper, `reflink` for hosts without it."""
