@@ -1,1 +1,1 @@
-"""The two stores of layers: one interface (base.py), `thin` for device-mapper, `reflink` for hosts without it."""
+"""The two places where block devices live: device-mapper thin provisioning, and reflinked files on loop devices."""

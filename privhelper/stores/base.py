@@ -1,0 +1,105 @@
+"""What the helper asks of a store: numbered block devices that are cheap copies of one another.
+
+Rule 1: a device is a number from the ledger, never reused; 0 is the formatted base made when the pool was created.
+Rule 2: a store answers from the kernel and the disk, never from memory of its own; it holds no state between calls.
+Rule 3: "it exists already" is an error here. Only deleting or deactivating what is absent is fine.
+Rule 4: only an inactive device is an origin, so no device is ever suspended and a crash leaves nothing frozen.
+
+The caller serialises: every call that changes the pool is made under the ledger's pool lock and between its intent and
+its fact; activate, deactivate and settle are made under the lock of that device's number.
+
+A module ``privhelper.stores.<kind>`` offers ``open_store(settings, state_dir) -> Store`` and ``open_pool(settings,
+state_dir) -> Pool``; ``settings`` is the table ``[<kind>]`` of policy/helper.toml as the administrator's file overrides
+it, ``state_dir`` the helper's own directory (root, 0700). Opening does nothing yet.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, Protocol
+
+BASE: Final = 0
+READY: Final = "ready"
+POOL_STATES: Final = ("ready", "absent", "read_only", "needs_check", "out_of_data", "failed")
+
+
+class StoreError(Exception):
+    """A step on the store failed. ``code`` is one of protocol.EXIT_CODES: fault, busy, no_room or pool."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PoolStatus(NamedTuple):
+    """How the pool is, as the kernel tells at this moment. Bytes are 0 where a state leaves them unknown."""
+
+    state: str  # one of POOL_STATES
+    data_bytes: int = 0
+    data_used_bytes: int = 0
+    metadata_bytes: int = 0  # 0 where the store has no separate metadata (reflink)
+    metadata_used_bytes: int = 0
+    block_bytes: int = 4096  # what a copied block costs: a thin block, or a file system block
+    identity: str = ""  # a random text written when the pool was created; the ledger remembers it
+    transaction: int = 0  # thin's transaction id; 0 for ever in reflink
+    advice: str = ""  # for people: the way out of a state that is not ready
+
+
+class Store(Protocol):
+    """One pool. Every method may raise StoreError (or OSError, which the caller reports as fault)."""
+
+    kind: str  # "reflink" or "thin"
+
+    def status(self) -> PoolStatus:
+        """Return how the pool is; raises nothing for a pool that is absent or broken."""
+
+    def create(self, dev: int, origin: int) -> None:
+        """Make ``dev`` a copy of ``origin``, which is inactive; ``dev`` must not exist."""
+
+    def delete(self, dev: int) -> None:
+        """Free an inactive device; absent is fine."""
+
+    def devices(self) -> set[int]:
+        """Return the numbers that the pool really holds, without BASE."""
+
+    def resize(self, dev: int, size_bytes: int) -> None:
+        """Make an inactive device larger; never smaller, the file system in it is left as it is."""
+
+    def size_bytes(self, dev: int) -> int:
+        """Return how large the block device is or will be when active."""
+
+    def activate(self, dev: int, read_only: bool) -> str:
+        """Return the path of the block device, made sure to be what it should be; active already is an error."""
+
+    def deactivate(self, dev: int) -> None:
+        """Take the block device away; absent is fine. Raises StoreError("busy") when somebody keeps it open."""
+
+    def active(self) -> dict[int, str]:
+        """Return each active device of this pool and its path, asked of the kernel."""
+
+    def settle(self, dev: int) -> None:
+        """Make a finished, inactive device durable."""
+
+    def advance(self, expected: int) -> int:
+        """Move the pool's transaction id from ``expected`` to the next and return that; 0 in reflink.
+
+        The ledger wrote its intent with ``expected`` before the change of the pool and writes its fact with the
+        returned number after. Raises StoreError("pool") when the pool had another number: somebody else writes to it.
+        """
+
+
+class Pool(Protocol):
+    """What root alone does to the pool by command: ``imgpull-helper pool create|attach|detach|grow|check``."""
+
+    def create(self, options: Mapping[str, Any]) -> None:
+        """Make and attach a new pool with one formatted base device in it; an existing pool is an error."""
+
+    def attach(self) -> None:
+        """Bring an existing pool into service after a boot; attached already is fine."""
+
+    def detach(self) -> None:
+        """Take the pool out of service; raises StoreError("busy") when a device of it is active."""
+
+    def grow(self, options: Mapping[str, Any]) -> None:
+        """Make the pool larger, in service."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool, one line a finding; empty is well."""
