@@ -1,0 +1,64 @@
+#!/bin/bash
+# Install the Debian packages that are missing: tests/setup/apt.sh FILE|NAME...
+#
+# A FILE holds one package a line, "#" starts a comment.
+# Rule 1: nothing is called when nothing is missing; the package lists are fetched only when they are needed.
+# Rule 2: no daemon is started or enabled by being installed, and no file of /etc stays changed but those of packages.
+# Rule 3: no question is asked; without root, sudo is used for apt alone.
+set -euo pipefail
+export LC_ALL=C.UTF-8
+
+as_root=()
+if [[ $EUID -ne 0 ]]; then as_root=(sudo); fi
+
+wanted=()
+for argument in "$@"; do
+    if [[ -f $argument ]]; then
+        mapfile -t -O "${#wanted[@]}" wanted < <(sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' "$argument")
+    else
+        wanted+=("$argument")
+    fi
+done
+
+missing=()
+for name in "${wanted[@]}"; do
+    status=$(dpkg-query --show --showformat='${db:Status-Status}' "$name" 2>/dev/null) || status=absent
+    if [[ $status != installed ]]; then missing+=("$name"); fi
+done
+if [[ ${#missing[@]} -eq 0 ]]; then exit 0; fi
+
+apt_get() {
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
+        apt-get --quiet --quiet --option=DPkg::Lock::Timeout=300 --option=Acquire::Retries=3 \
+        --option=Dpkg::Use-Pty=0 "$@" </dev/null
+}
+
+# invoke-rc.d(8) and deb-systemd-invoke(1p) ask this file before they start anything; 101 is "not allowed".
+policy=/usr/sbin/policy-rc.d
+if [[ ! -e $policy ]]; then
+    # Armed first: a policy that is left behind would keep every later daemon of this machine from starting.
+    trap '"${as_root[@]}" rm -f "$policy"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+    "${as_root[@]}" chmod 755 "$policy"
+fi
+
+echo "apt-get install ${missing[*]}"
+if ! ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1; then apt_get update; fi
+# Lists that are too old name files that the mirror has no more: fetch them once and try again.
+apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null ||
+    { apt_get update && apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null; }
+
+# The servers of the tests are started by the tests, with their own configuration, never by a boot.
+if command -v systemctl >/dev/null; then
+    for name in "${missing[@]}"; do
+        case $name in swift-* | memcached) ;; *) continue ;; esac
+        units=$(dpkg-query --listfiles "$name" | sed -n 's,^\(/usr\)\?/lib/systemd/system/\([^/@]*\.service\)$,\2,p')
+        if [[ -n $units ]]; then
+            # shellcheck disable=SC2086  # one word a unit
+            "${as_root[@]}" systemctl --quiet disable $units >/dev/null 2>&1 ||
+                echo "apt.sh: could not disable: $units" >&2
+        fi
+    done
+fi
