@@ -1,0 +1,286 @@
+"""How a person or a program sees the work: bars on a terminal, lines elsewhere, JSON Lines, or nothing.
+
+Rule 1: standard output carries the result alone; progress goes to standard error (with `--json`, events go to stdout).
+Rule 2: the work reports stages and bytes; only this module knows how they look.
+Rule 3: text from an archive or a bucket is escaped before it meets a terminal.
+
+Stages of a layer: waiting, fetching, checking, committing, ready; `shared` where the layer was there already.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TextIO
+
+from broker.errors import Problem
+
+STAGES: Final = ("waiting", "fetching", "checking", "committing", "ready", "shared", "failed")
+SETTLED: Final = ("ready", "shared", "failed")
+HEARTBEAT_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class Line:
+    """One layer as it is shown."""
+
+    label: str
+    stage: str = "waiting"
+    done: int = 0
+    total: int = 0
+    started_s: float = 0.0
+
+
+def escape(text: object) -> str:
+    """Return text without anything that a terminal would obey: control characters and lone surrogates are escaped."""
+    out = []
+    for c in str(text):
+        if c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF:
+            out.append(c)
+        elif 0xDC80 <= ord(c) <= 0xDCFF:
+            out.append(f"\\x{ord(c) - 0xDC00:02x}")
+        else:
+            out.append(c.encode("unicode_escape", "surrogatepass").decode("ascii"))
+    return "".join(out)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: `0 B`, `143.6 MB` (powers of 1000, as S3 bills them)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+class Reporter:
+    """Takes what the work reports. This base class shows nothing: `--progress=none`."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, Line] = {}
+
+    def begin(self, title: str, layers: list[tuple[str, str, int]]) -> None:
+        """Announce the layers of an image: key, label and bytes to fetch of each, lowest first."""
+        for key, label, total in layers:
+            known = self.lines.setdefault(key, Line(label))
+            known.label, known.total = label, known.total or total
+        self.on_begin(title)
+
+    def stage(self, key: str, stage: str, done: int = 0, total: int = 0) -> None:
+        """Tell where a layer is."""
+        line = self.lines.setdefault(key, Line(key))
+        changed = line.stage != stage
+        line.stage, line.done, line.total = stage, done, total or line.total
+        if changed:
+            line.started_s = time.monotonic()
+        self.on_stage(line, changed)
+
+    def notice(self, message: str, **data: Any) -> None:
+        """Tell something worth knowing: a retry and its reason, a snapshot taken."""
+
+    def on_begin(self, title: str) -> None:
+        """Show that an image's layers are known."""
+
+    def on_stage(self, line: Line, changed: bool) -> None:
+        """Show where a layer is."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class PlainReporter(Reporter):
+    """One line for each change, and a heartbeat for what takes long. Source of the habit: BuildKit's `plain`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._last_s = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+        self._last_s = time.monotonic()
+
+    def on_begin(self, title: str) -> None:
+        self._print(f"{escape(title)}: {len(self.lines)} layer{'s' * (len(self.lines) != 1)}")
+
+    def on_stage(self, line: Line, changed: bool) -> None:
+        if changed and line.stage != "waiting":
+            amount = f", {size(line.total)}" if line.stage == "fetching" and line.total else ""
+            self._print(f"{escape(line.label)}: {line.stage}{amount}")
+        elif time.monotonic() - self._last_s > HEARTBEAT_S and line.total:
+            self._print(f"{escape(line.label)}: {line.stage} {line.done * 100 // line.total} %")
+
+    def notice(self, message: str, **data: Any) -> None:
+        self._print(escape(message))
+
+
+class JsonReporter(Reporter):
+    """JSON Lines events. The schema is policy/schema/events.json; readers ignore types that they do not know."""
+
+    def __init__(self, stream: TextIO, interval_s: float = 0.5) -> None:
+        super().__init__()
+        self._stream = stream
+        self._interval_s = interval_s
+        self._told: dict[int, float] = {}
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Print one event."""
+        event = {"v": 1, "type": kind, "time": round(time.time(), 3), **fields}
+        print(json.dumps(event, sort_keys=True), file=self._stream, flush=True)
+
+    def on_begin(self, title: str) -> None:
+        layers = [{"layer": line.label, "bytes": line.total} for line in self.lines.values()]
+        self.emit("begin", image=title, layers=layers)
+
+    def on_stage(self, line: Line, changed: bool) -> None:
+        if changed:
+            self.emit("stage", layer=line.label, stage=line.stage, total=line.total)
+        elif time.monotonic() - self._told.get(id(line), 0.0) > self._interval_s:
+            self._told[id(line)] = time.monotonic()
+            self.emit("progress", layer=line.label, stage=line.stage, done=line.done, total=line.total)
+
+    def notice(self, message: str, **data: Any) -> None:
+        self.emit("notice", message=message, **data)
+
+
+class TtyReporter(Reporter):
+    """One bar a layer and a total, redrawn in place. rich is imported here and nowhere else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        self._text = Text
+        self._console = Console(file=stream, highlight=False, soft_wrap=False)
+        self._live = Live(console=self._console, refresh_per_second=8, transient=False, get_renderable=self._render)
+        self._title = ""
+        self._started = False
+
+    def on_begin(self, title: str) -> None:
+        self._title = escape(title)
+        if not self._started:
+            self._started = True
+            self._live.start()
+
+    def notice(self, message: str, **data: Any) -> None:
+        self._console.print(escape(message), markup=False)
+
+    def close(self) -> None:
+        if self._started:
+            self._started = False
+            self._live.stop()
+
+    def _render(self) -> Any:
+        from rich.console import Group
+
+        width = self._console.width
+        rows = [self._row(line, width) for line in self.lines.values()]
+        settled = sum(line.stage in SETTLED for line in self.lines.values())
+        rows.append(self._text(f"{self._title}  {settled}/{len(self.lines)} layers"[: width - 1], style="bold"))
+        return Group(*rows)
+
+    def _row(self, line: Line, width: int) -> Any:
+        """Draw one layer in the columns there are: 40 keep label, stage and percent, 60 and more have a bar."""
+        styles = {"ready": "green", "shared": "cyan", "failed": "red", "waiting": "dim"}
+        head = f"{escape(line.label)[-16:]:<16} {line.stage:<10}"
+        if line.stage in SETTLED or not line.total or line.stage == "waiting":
+            tail = size(line.total) if line.total and line.stage in ("ready", "waiting") else ""
+            return self._text(f"{head} {tail}"[: width - 1], style=styles.get(line.stage, ""))
+        share = min(1.0, line.done / line.total)
+        rate = line.done / max(0.001, time.monotonic() - line.started_s)
+        tail = f"{share * 100:3.0f} %"
+        if width >= 80:
+            tail += f" {size(line.done):>9}/{size(line.total)} {size(rate)}/s"
+        room = min(30, width - len(head) - len(tail) - 4)
+        if room >= 8:
+            full = int(room * share)
+            utf = "utf" in (self._console.encoding or "").lower()
+            bar = ("━" * full + " " * (room - full)) if utf else ("#" * full + "-" * (room - full))
+            return self._text(f"{head} {bar} {tail}"[: width - 1])
+        return self._text(f"{head} {tail}"[: width - 1])
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Tell whether bars can be drawn there."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def reporter(mode: str, json_events: bool, quiet: bool) -> Reporter:
+    """Return the reporter for `--progress`, `--json` and `--quiet`."""
+    if json_events or mode == "json":
+        return JsonReporter(sys.stdout if json_events else sys.stderr)
+    if quiet or mode == "none":
+        return Reporter()
+    if mode == "tty" or (mode == "auto" and is_terminal(sys.stderr)):
+        return TtyReporter(sys.stderr)
+    return PlainReporter(sys.stderr)
+
+
+def print_problem(problem: Problem, as_json: bool) -> None:
+    """Show an error: three lines on standard error, or one object on standard output as the last line."""
+    if as_json:
+        print(json.dumps({"v": 1, "type": "error", "time": round(time.time(), 3), **problem.to_json()}, sort_keys=True))
+        return
+    what, *rest = problem.lines()
+    print(f"imgpull: {escape(what)}", file=sys.stderr)
+    for line in rest[:-1]:
+        print(f"  why:  {escape(line)}", file=sys.stderr)
+    print(f"  next: {escape(rest[-1])}", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a list: how a row's value is found and shown."""
+
+    name: str
+    value: Callable[[Any], Any]
+    show: Callable[[Any], str] = escape
+    right: bool = False
+
+
+def table(
+    rows: list[Any],
+    columns: list[Column],
+    *,
+    chosen: str | None = None,
+    sort: str | None = None,
+    no_header: bool = False,
+    exact: bool = False,
+    as_json: bool = False,
+) -> str:
+    """Return a list as a table for people, as tab-separated exact values, or as JSON.
+
+    Args: ``chosen`` and ``sort`` name columns (`-o`, `--sort`; a leading `-` sorts downwards), ``exact`` is `-p`.
+    Raises: ValueError that names the unknown column and those there are.
+    """
+    by_name = {c.name: c for c in columns}
+
+    def pick(name: str) -> Column:
+        if name not in by_name:
+            raise ValueError(f"no column {name!r}: there are {', '.join(by_name)}")
+        return by_name[name]
+
+    shown = [pick(n.strip()) for n in chosen.split(",")] if chosen else columns
+    if sort:
+        key = pick(sort.lstrip("-")).value
+        rows = sorted(rows, key=lambda r: (key(r) is None, key(r)), reverse=sort.startswith("-"))
+    if as_json:
+        return json.dumps([{c.name: c.value(r) for c in shown} for r in rows], sort_keys=True, indent=2)
+    cells = [[escape(c.value(r)) if exact else c.show(c.value(r)) for c in shown] for r in rows]
+    if exact:
+        head = [] if no_header else [[c.name for c in shown]]
+        return "\n".join("\t".join(row) for row in head + cells)
+    head = [] if no_header else [[c.name.upper().replace("_", " ") for c in shown]]
+    widths = [max((len(row[i]) for row in head + cells), default=0) for i in range(len(shown))]
+    lines = [
+        "  ".join(
+            text.rjust(width) if column.right else text.ljust(width)
+            for text, width, column in zip(row, widths, shown, strict=True)
+        ).rstrip()
+        for row in head + cells
+    ]
+    return "\n".join(lines)
