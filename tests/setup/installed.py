@@ -5,74 +5,37 @@ an ordinary user, run ``installed_copy() / "bin/imgpull"`` instead.
 
 Rule 1: what is run is what would be shipped: the wheel, in an environment of its own, writable by its maker only.
 Rule 2: a copy is named by the digest of what it is made of, so it is never stale, and made once.
-Rule 3: a copy that lacks its last file, ``complete``, was interrupted and is made anew; a lock keeps others waiting.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from tests.support.caching import locked, made, owned_folder, remove_old
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("broker", "unpriv", "privhelper", "policy")
 METADATA: Final = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
-PYTHON: Final = "/usr/bin/python3"  # Debian's: an environment of any user's own Python is not readable by all
-KEPT_S: Final = 24 * 3600  # what nobody asked for so long is removed
+PYTHON: Final = "/usr/bin/python3"  # Debian's: one that a user built for himself is not readable by all
 
 
 def installed_copy() -> Path:
     """Return the environment that holds this tree as a wheel; make it if it is not there."""
-    home = _home()
-    with _locked(home):
-        libraries = _made(home / f"libraries-{_digest(['constraints.txt', 'pyproject.toml'])}", _install_libraries)
-        copy = _made(home / f"copy-{_digest([*METADATA, *PACKAGES])}", lambda new: _install_wheel(libraries, new))
-        _remove_old(home)
+    home = owned_folder(Path(f"/var/tmp/imgpull-installed-{os.geteuid()}"))
+    with locked(home):
+        libraries = made(home / f"libraries-{_digest('constraints.txt', 'pyproject.toml')}", _install_libraries)
+        copy = made(home / f"copy-{_digest(*METADATA, *PACKAGES)}", lambda new: _install_wheel(libraries, new))
+        remove_old(home)
     return copy
-
-
-def _home() -> Path:
-    """Return this user's folder of copies, readable by all; refuse one that another user put there."""
-    home = Path(f"/var/tmp/imgpull-installed-{os.geteuid()}")
-    home.mkdir(mode=0o755, exist_ok=True)
-    found = home.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise RuntimeError(f"{home} belongs to user {found.st_uid}, expected a directory of {os.geteuid()}")
-    home.chmod(0o755)
-    return home
-
-
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """Hold the lock of all copies; it ends with this process."""
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        umask = os.umask(0o022)
-        try:
-            yield
-        finally:
-            os.umask(umask)
-
-
-def _made(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return ``folder``, made by ``make`` unless it is complete, and note that it was asked for."""
-    complete = folder / "complete"
-    if not complete.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        make(folder)
-    complete.touch()
-    return folder
 
 
 def _install_libraries(new: Path) -> None:
@@ -98,8 +61,8 @@ def _pip(*words: str) -> None:
     subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
 
 
-def _digest(names: list[str]) -> str:
-    """Return a name for the bytes of these files and folders of the tree, and for where they are installed from."""
+def _digest(*names: str) -> str:
+    """Return a name for the bytes of these files and folders of the tree, and of the recipe that is this file."""
     total = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(path for name in names for path in _files(ROOT / name)):
         content = path.read_bytes()
@@ -114,12 +77,6 @@ def _files(path: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(path):
         if not folder.endswith("__pycache__"):
             yield from (Path(folder, name) for name in names)
-
-
-def _remove_old(home: Path) -> None:
-    for complete in home.glob("*/complete"):
-        if complete.stat().st_mtime < time.time() - KEPT_S:
-            shutil.rmtree(complete.parent)
 
 
 if __name__ == "__main__":
