@@ -1,7 +1,7 @@
 """What a step may raise, whose fault an error is, and what happens next.
 
 Rule 1: a step ends by returning its result or by raising; Done, Abort, Retry and Handoff are its four words.
-Rule 2: an error that is none of them is judged by the step's policy; a programming error aborts whatever the policy says.
+Rule 2: any other error is judged by the step's policy; a programming error aborts whatever the policy says.
 Rule 3: trio's exception groups are taken apart here and nowhere else; the worst of several errors decides.
 Rule 4: cancellation and shutdown are not errors of a step and never pass through here.
 """
@@ -173,4 +173,4 @@ def _judge_leaf(error: Exception, retry_on: RetryOn) -> Signal:
 def _severity(signal: Signal) -> int:
     if isinstance(signal, Abort):
         return 5 if signal.kind == "bug" else 4
-    return {Retry: 3, Handoff: 2, Done: 1}[type(signal)]  # type: ignore[index]  # closed set of four
+    return {Retry: 3, Handoff: 2, Done: 1}[type(signal)]
