@@ -1,0 +1,447 @@
+"""Talk to S3. The sole importer of boto3.
+
+Rule 1: boto3 and what it calls may raise anything on a hostile reply (boto3 1.44: AttributeError on a 503 answer that
+        carries a checksum); every exception leaves this module as a FetchError.
+Rule 2: one call is one request. boto3 does not retry here: it cannot retry inside a body, and it ignores Retry-After.
+Rule 3: what a server answers is untrusted until it matches the pin: status 206, the exact Content-Range, the ETag.
+Rule 4: the user's AWS configuration is boto3's business; nothing here reads it, except to name files for the sandbox.
+
+Imported late: boto3 costs 0.3 s (Debian 12, boto3 1.44).
+"""
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+import boto3
+import botocore.exceptions as aws
+import urllib3.exceptions as http
+from botocore import UNSIGNED
+from botocore.config import Config
+
+from broker.protocol import MAX_LAYERS, Endpoint, FetchCode, Pin
+from unpriv.failures import FetchError, quote
+
+CHUNK_BYTES: Final = 64 << 10  # of one read: larger ones go through mmap in glibc and are slower (Debian 12)
+MAX_RETRY_AFTER_S: Final = 3600.0
+AHEAD: Final = 4  # connections above the streams, for HEAD and LIST
+
+# How servers differ from AWS. Each row: addressing, region when the user names none.
+QUIRKS: Final[dict[str, tuple[str, str | None]]] = {
+    "aws": ("auto", None),
+    "ceph": ("path", None),
+    "garage": ("path", "garage"),
+    "r2": ("path", "auto"),
+    "seaweedfs": ("path", None),
+    "swift": ("path", None),
+    "tigris": ("virtual", "auto"),
+}
+
+# The error codes of the S3 API reference ("List of error codes") and what they mean for us.
+CODES: Final[dict[str, FetchCode]] = {
+    "NoSuchBucket": "no_such_bucket",
+    "InvalidBucketName": "no_such_bucket",
+    "NoSuchKey": "no_such_object",
+    "NoSuchVersion": "no_such_object",
+    "MethodNotAllowed": "no_such_object",  # a delete marker
+    "NotFound": "no_such_object",
+    "404": "no_such_object",
+    "405": "no_such_object",
+    "KeyTooLongError": "no_such_object",
+    "AccessDenied": "access_denied",
+    "AccountProblem": "access_denied",
+    "AllAccessDisabled": "access_denied",
+    "Forbidden": "access_denied",
+    "InvalidObjectState": "access_denied",  # archived: it has to be restored first
+    "401": "access_denied",
+    "403": "access_denied",
+    "ExpiredToken": "credentials_rejected",
+    "ExpiredTokenException": "credentials_rejected",
+    "InvalidAccessKeyId": "credentials_rejected",
+    "InvalidClientTokenId": "credentials_rejected",
+    "InvalidSecurity": "credentials_rejected",
+    "InvalidToken": "credentials_rejected",
+    "NotSignedUp": "credentials_rejected",
+    "SignatureDoesNotMatch": "credentials_rejected",
+    "TokenRefreshRequired": "credentials_rejected",
+    "UnrecognizedClientException": "credentials_rejected",
+    "RequestExpired": "configuration",
+    "RequestTimeTooSkewed": "configuration",
+    "301": "wrong_region",
+    "AuthorizationHeaderMalformed": "wrong_region",
+    "IllegalLocationConstraintException": "wrong_region",
+    "PermanentRedirect": "wrong_region",
+    "412": "changed",
+    "416": "changed",
+    "InvalidRange": "changed",
+    "PreconditionFailed": "changed",
+}
+THROTTLES: Final = frozenset({
+    "429", "503", "RequestLimitExceeded", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
+    "TooManyRequestsException",
+})  # fmt: skip
+HINTS: Final[dict[FetchCode, str]] = {
+    "credentials_missing": "no AWS credentials found; set AWS_PROFILE, or use --no-sign-request for a public bucket",
+    "credentials_rejected": "the server does not accept these credentials",
+    "wrong_region": "the bucket is in another region; set --region",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The bytes of one range, not yet read. ``stop`` ends a read that hangs in another thread."""
+
+    read: Callable[[int], bytes]  # up to so many bytes, as they come; b"" at the end
+    stop: Callable[[], None]
+    close: Callable[[], None]
+    length_known: bool  # if not, only another read tells that there is no more
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A checksum of the whole object that the server stored with it."""
+
+    algorithm: str  # "sha256", "crc32", …
+    base64: str
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One endpoint with one set of credentials. Safe to use from many threads."""
+
+    _s3: Any
+    request_payer: bool
+    url: str  # in force; without user name and password
+    credentials: str  # the name of their source
+    secrets: Callable[[], tuple[str, ...]]  # words that must never leave this process
+    attempts: int | None  # as the AWS configuration of the user says
+
+    def list(self, bucket: str, prefix: str) -> list[Pin]:
+        """Return the objects under a prefix, no deeper level, in the server's order.
+
+        Raises: FetchError, with `listing_too_long` for more than MAX_LAYERS + 1 objects.
+        """
+        pins: list[Pin] = []
+        with translated(f"list s3://{bucket}/{prefix}"):
+            for page in self._pages(bucket, prefix):
+                pins += [self._pin(bucket, item["Key"], item["Size"], item) for item in page.get("Contents", [])]
+                if len(pins) > MAX_LAYERS + 1:
+                    raise FetchError("listing_too_long", f"more than {MAX_LAYERS} objects: s3://{bucket}/{prefix}")
+        return pins
+
+    def _pages(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Yield the pages of a listing; a server that never advances is cut off."""
+        token: dict[str, str] = {}
+        for _ in range(MAX_LAYERS + 2):  # a page may hold only folders, but not for ever
+            page = self._s3.list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/", **token, **self._payer())
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+        raise FetchError("listing_too_long", f"the listing does not end: s3://{bucket}/{prefix}")
+
+    def head(self, bucket: str, key: str) -> Pin:
+        """Return one object's pin. Raises: FetchError."""
+        name = f"s3://{bucket}/{key}"
+        try:
+            with translated(f"read {name}"):
+                reply = self._s3.head_object(Bucket=bucket, Key=key, **self._payer())
+                return self._pin(bucket, key, reply["ContentLength"], reply)
+        except FetchError as error:
+            if error.retryable:
+                raise
+            self._ask_why(bucket, key)  # a HEAD has no body, so its error says little
+            raise
+
+    def _ask_why(self, bucket: str, key: str) -> None:
+        """Raise what a GET of one byte says about an object that could not be read."""
+        with translated(f"read s3://{bucket}/{key}"):
+            self._s3.get_object(Bucket=bucket, Key=key, Range="bytes=0-0", **self._payer())["Body"].close()
+
+    def checksum(self, pin: Pin) -> Checksum | None:
+        """Check that the pinned object is still there; return the server's checksum of all of it, if it has one."""
+        with translated(f"read s3://{pin.bucket}/{pin.key}"):
+            reply = self._s3.head_object(**self._pinned(pin), ChecksumMode="ENABLED")
+            found = self._pin(pin.bucket, pin.key, reply["ContentLength"], reply)
+        if (found.size, found.etag) != (pin.size, pin.etag):
+            raise changed(pin, f"expected {pin.etag}, {pin.size} bytes, found {found.etag}, {found.size} bytes")
+        if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+            return None  # a checksum of the checksums of parts whose borders we do not know
+        for algorithm in ("SHA256", "CRC32"):
+            value = reply.get(f"Checksum{algorithm}")
+            if isinstance(value, str) and "-" not in value:
+                return Checksum(algorithm.lower(), value)
+        return None  # CRC64NVME and CRC32C have no fast implementation in the standard library
+
+    def open(self, pin: Pin, start: int, end: int) -> Body:
+        """Ask for the bytes [start, end) of a pinned object and check that the answer is exactly that.
+
+        Raises: FetchError; `changed` when the object is no longer the pinned one.
+        """
+        with translated(f"read s3://{pin.bucket}/{pin.key}"):
+            reply = self._s3.get_object(**self._pinned(pin), Range=f"bytes={start}-{end - 1}")
+            raw = reply["Body"]._raw_stream
+            try:
+                check_range(pin, start, end, reply)
+            except BaseException:
+                raw.close()
+                raise
+            return Body(raw.read1, raw.shutdown, raw.close, reply.get("ContentLength") is not None)
+
+    def _pinned(self, pin: Pin) -> dict[str, str]:
+        """Return the arguments that make a server refuse anything but the pinned object."""
+        version = {"VersionId": pin.version} if pin.version else {}
+        return {"Bucket": pin.bucket, "Key": pin.key, "IfMatch": pin.etag, **version, **self._payer()}
+
+    def _payer(self) -> dict[str, str]:
+        """Return the argument that accepts the charges, if the user said so."""
+        return {"RequestPayer": "requester"} if self.request_payer else {}
+
+    def _pin(self, bucket: str, untrusted_key: str, untrusted_size: int, untrusted: dict[str, Any]) -> Pin:
+        """Return a pin from a reply. The model checks it; a reply that does not fit is `bad_response`."""
+        version = untrusted.get("VersionId")
+        etag = untrusted["ETag"]
+        if not etag.startswith(('"', "W/")):
+            etag = f'"{etag}"'  # some servers leave the quotes out in listings
+        return Pin(
+            bucket=bucket,
+            key=untrusted_key,
+            size=untrusted_size,
+            etag=etag,
+            version=None if version in (None, "null") else version,
+        )
+
+
+def check_range(pin: Pin, start: int, end: int, untrusted: dict[str, Any]) -> None:
+    """Check that a reply to a range request is that range of the pinned object. Raises: FetchError."""
+    name = f"s3://{pin.bucket}/{pin.key}"
+    status = untrusted["ResponseMetadata"]["HTTPStatusCode"]
+    etag = untrusted.get("ETag")
+    if etag is not None and etag.strip('"') != pin.etag.strip('"'):
+        raise changed(pin, f"expected ETag {pin.etag}, found {quote(etag)}")
+    if status != 206:
+        raise FetchError("bad_response", f"expected status 206, got {status}: a server without ranges: {name}")
+    said = quote(untrusted.get("ContentRange"))
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", said)
+    if not match:
+        raise FetchError("bad_response", f"expected a Content-Range, got {said}: {name}", retryable=True)
+    first, last, size = (int(number) for number in match.groups())
+    if size != pin.size:
+        raise changed(pin, f"expected {pin.size} bytes, found {size}")
+    if (first, last) != (start, end - 1):
+        raise FetchError("bad_response", f"expected bytes {start}-{end - 1}, got {said}: {name}", retryable=True)
+    length = untrusted.get("ContentLength")
+    if length is not None and length != end - start:
+        raise FetchError("bad_response", f"expected {end - start} bytes, got {length}: {name}", retryable=True)
+
+
+def changed(pin: Pin, how: str) -> FetchError:
+    """Return the error for an object that is no longer the pinned one."""
+    return FetchError("changed", f"the object changed, {how}: s3://{pin.bucket}/{pin.key}", retryable=True)
+
+
+# ---------------------------------------------------------------- connect
+
+
+def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_timeout_s: float) -> Client:
+    """Return a client as the user's AWS configuration and the command line say. Sends nothing to S3.
+
+    A `credential_process` runs here, once: the sandbox that follows permits no exec.
+    Raises: FetchError (`configuration`, `credentials_missing`).
+    """
+    with translated("read the AWS configuration"):
+        check_url(endpoint.endpoint_url)
+        session = boto3.Session(profile_name=endpoint.profile)
+        addressing, region = QUIRKS[endpoint.quirks] if endpoint.quirks else ("auto", None)
+        client = session.client(
+            "s3",
+            endpoint_url=endpoint.endpoint_url,
+            region_name=endpoint.region or session.region_name or region,
+            verify=endpoint.ca_bundle,
+            config=Config(
+                retries={"mode": "standard", "total_max_attempts": 1},
+                connect_timeout=connect_timeout_s,
+                read_timeout=read_timeout_s,
+                max_pool_connections=streams + AHEAD,
+                tcp_keepalive=True,
+                user_agent_extra="imgpull",
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",  # we hash the whole object ourselves
+                s3=_style(session, endpoint.addressing, addressing),
+                **({"signature_version": UNSIGNED} if endpoint.no_sign_request else {}),
+            ),
+        )
+        check_url(client.meta.endpoint_url)
+        source, secrets = _credentials(session, endpoint)
+        attempts = session._session.get_config_variable("max_attempts")
+        return Client(
+            client,
+            endpoint.request_payer,
+            client.meta.endpoint_url,
+            source,
+            secrets,
+            int(attempts) if attempts else None,
+        )
+
+
+def _style(session: Any, asked: str | None, usual: str) -> Any:
+    """Return the addressing: as asked, else as the AWS configuration says, else as this kind of server needs it."""
+    configured = session._session.get_config_variable("s3") or {}
+    style = asked or (None if "addressing_style" in configured else usual)
+    return None if style in (None, "auto") and not asked else {"addressing_style": style}
+
+
+def _credentials(session: Any, endpoint: Endpoint) -> tuple[str, Callable[[], tuple[str, ...]]]:
+    """Return the name of the credentials' source and a function that returns their secret words."""
+    if endpoint.no_sign_request:
+        return "anonymous", tuple
+    found = session.get_credentials()
+    if found is None:
+        return "none", tuple
+
+    def secrets() -> tuple[str, ...]:
+        # The attributes of a refreshable one would go to the network; the last ones known are enough.
+        held = (getattr(found, name, None) for name in ("_secret_key", "_token"))
+        plain = () if hasattr(found, "_secret_key") else (found.secret_key, found.token)
+        return tuple(str(word) for word in (*held, *plain) if word)
+
+    return re.sub(r"[^a-z0-9-]", "-", str(found.method).lower())[:64], secrets
+
+
+def check_url(url: str | None) -> None:
+    """Refuse an endpoint that is not plain http(s), or that carries a password. Raises: FetchError."""
+    if url is None:
+        return
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        raise FetchError("configuration", f"an endpoint URL holds no user name or password: {quote(bare)}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FetchError("configuration", f"not an http or https URL: {quote(url)}")
+
+
+# ---------------------------------------------------------------- translate
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn whatever boto3, urllib3 or a hostile reply raises into a FetchError."""
+    try:
+        yield
+    except FetchError:
+        raise
+    except Exception as error:
+        raise translate(error, doing) from None  # the cause may show a signed request
+
+
+def translate(error: Exception, doing: str) -> FetchError:
+    """Return the FetchError for an exception of boto3 or urllib3."""
+    if isinstance(error, aws.ClientError):
+        return _translate_reply(error, doing)
+    name = type(error).__name__
+    if isinstance(error, aws.NoCredentialsError):
+        return FetchError("credentials_missing", f"cannot {doing}: {HINTS['credentials_missing']}")
+    if isinstance(error, _CREDENTIALS):
+        return FetchError("credentials_missing", f"cannot {doing}: the AWS credentials cannot be loaded ({name})")
+    if isinstance(error, _TIMEOUTS):
+        return FetchError("timed_out", f"cannot {doing}: the server does not answer in time", retryable=True)
+    if isinstance(error, aws.SSLError | http.SSLError):
+        return _translate_tls(error, doing)
+    if isinstance(error, _NETWORK):
+        return FetchError("unavailable", f"cannot {doing}: {_network_reason(error)}", retryable=True)
+    if isinstance(error, _CONFIGURATION):
+        return FetchError("configuration", f"cannot {doing}: {quote(error)}")
+    if isinstance(error, OSError) and not isinstance(error, http.HTTPError):
+        return FetchError("configuration", f"cannot {doing}: {quote(error.strerror or name)}: {quote(error.filename)}")
+    return FetchError("bad_response", f"cannot {doing}: the server's answer makes no sense ({name})", retryable=True)
+
+
+_CREDENTIALS = (
+    aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.TokenRetrievalError, aws.SSOError,
+    aws.MetadataRetrievalError, aws.InvalidConfigError,
+)  # fmt: skip
+_TIMEOUTS = (aws.ConnectTimeoutError, aws.ReadTimeoutError, http.TimeoutError, TimeoutError)
+_NETWORK = (
+    aws.ConnectionError, aws.HTTPClientError, aws.ResponseStreamingError, aws.IncompleteReadError,
+    http.ProtocolError, http.HTTPError, ConnectionError,
+)  # fmt: skip
+_CONFIGURATION = (
+    aws.ProfileNotFound, aws.ConfigParseError, aws.ConfigNotFound, aws.NoRegionError, aws.ParamValidationError,
+    aws.InvalidRegionError, aws.EndpointProviderError, aws.UnknownSignatureVersionError,
+    aws.InvalidS3AddressingStyleError, aws.InvalidRetryConfigurationError, aws.InvalidMaxRetryAttemptsError,
+    aws.InvalidProxiesConfigError, aws.UnknownEndpointError, aws.InvalidEndpointConfigurationError,
+)  # fmt: skip
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what lies under it, as botocore and urllib3 nest them."""
+    for _ in range(8):
+        if not isinstance(error, BaseException):
+            return
+        yield error
+        inner = getattr(error, "kwargs", {}).get("error") or getattr(error, "reason", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+
+
+def _network_reason(error: Exception) -> str:
+    """Return in plain words why there was no answer, without the request."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror | http.NameResolutionError):
+            return "the server's name cannot be resolved"
+        if isinstance(cause, aws.ProxyConnectionError | http.ProxyError):
+            return "the proxy does not answer"
+        if isinstance(cause, ConnectionRefusedError):
+            return "the server refuses the connection"
+    return f"the connection broke ({type(error).__name__})"
+
+
+def _translate_tls(error: Exception, doing: str) -> FetchError:
+    """Return the FetchError for a TLS failure: a certificate that does not verify will not verify later."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        why = "the server's certificate does not verify; set --ca-bundle if the server has its own authority"
+        return FetchError("configuration", f"cannot {doing}: {why}")
+    return FetchError("unavailable", f"cannot {doing}: the TLS connection broke", retryable=True)
+
+
+def _translate_reply(error: Any, doing: str) -> FetchError:
+    """Return the FetchError for an error that the server itself sent."""
+    untrusted = error.response
+    code = quote(untrusted.get("Error", {}).get("Code", ""))
+    status = untrusted.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    meaning = CODES.get(code) or CODES.get(str(status))
+    if code in THROTTLES or status >= 500 or status in (408, 429) or code in ("RequestTimeout", "InternalError"):
+        return FetchError(
+            "unavailable",
+            f"cannot {doing}: the server is busy or broken: {code}, status {status}",
+            retryable=True,
+            retry_after_s=_retry_after_s(untrusted),
+            throttled=code in THROTTLES or status in (429, 503),
+        )
+    if meaning is None:
+        return FetchError("bad_response", f"cannot {doing}: {code}, status {status}")
+    said = quote(untrusted.get("Error", {}).get("Message", ""))
+    hint = HINTS.get(meaning, "")
+    if code in ("RequestTimeTooSkewed", "RequestExpired"):
+        hint = "this machine's clock differs from the server's"
+    return FetchError(
+        meaning, f"cannot {doing}: {'; '.join(t for t in (hint, said, code) if t)}", retryable=meaning == "changed"
+    )
+
+
+def _retry_after_s(untrusted: dict[str, Any]) -> float | None:
+    """Return the seconds that a Retry-After header asks for (RFC 9110, 10.2.3), or None."""
+    value = untrusted.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
+    if value is None:
+        return None
+    if re.fullmatch(r"\d{1,9}", value):
+        return min(float(value), MAX_RETRY_AFTER_S)
+    try:
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time()), MAX_RETRY_AFTER_S)
+    except ValueError:
+        return None
