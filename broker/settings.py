@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from broker.errors import ImgpullError
 
 SYSTEM_DIR: Final = Path("/etc/imgpull")
+POLICY_DIR: Final = Path(__file__).resolve().parent.parent / "policy"  # the same in a source tree and in a wheel
 HELPER_SOCKET: Final = "/run/imgpull/helper.sock"  # policy/systemd/imgpull-helper.socket
 UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

@@ -19,6 +19,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from broker.settings import Settings
 
@@ -52,6 +53,13 @@ MIGRATIONS: Final = (
         PRIMARY KEY (blob, media, parent, limits)
     ) STRICT;
     CREATE INDEX verdict_layer ON verdict (layer);
+    -- Which layer a pinned object became on top of the pinned objects below it: how one layer's work finds another's.
+    CREATE TABLE chain (
+        key TEXT PRIMARY KEY,
+        layer TEXT NOT NULL REFERENCES layer (id) ON DELETE CASCADE,
+        digest TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX chain_layer ON chain (layer);
     CREATE TABLE image (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         ref TEXT NOT NULL, endpoint TEXT NOT NULL,
@@ -187,12 +195,27 @@ class ActivationRow:
 
 
 def open_readonly(database: Path) -> sqlite3.Connection | None:
-    """Open the state for looking only; None where there is none yet."""
+    """Open the state for looking only; None where there is none yet.
+
+    The file is opened for writing all the same: only so can SQLite roll back the journal that a crash left behind.
+    """
     if not database.exists():
         return None
-    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5.0, isolation_level=None)
-    connection.row_factory = sqlite3.Row
+    connection = sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True, timeout=5.0, isolation_level=None)
+    connection.execute("PRAGMA query_only=1")
     return connection
+
+
+def query(db: sqlite3.Connection, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+    """Return the rows of a query, by name."""
+    cursor = db.cursor()
+    cursor.row_factory = sqlite3.Row
+    return cursor.execute(sql, values).fetchall()
+
+
+def query_one(db: sqlite3.Connection, sql: str, values: tuple[Any, ...] = ()) -> sqlite3.Row | None:
+    """Return the first row of a query."""
+    return next(iter(query(db, sql, values)), None)
 
 
 IMAGES: Final = """
@@ -206,12 +229,12 @@ IMAGES: Final = """
 
 def images(db: sqlite3.Connection) -> list[Image]:
     """Return all images, in the order of their first pull."""
-    return [Image(**row) for row in db.execute(f"{IMAGES} ORDER BY image.id")]
+    return [Image(**row) for row in query(db, f"{IMAGES} ORDER BY image.id")]
 
 
 def image_by_ref(db: sqlite3.Connection, ref: str, endpoint: str) -> Image | None:
     """Return one image by its reference."""
-    row = db.execute(f"{IMAGES} WHERE ref = ? AND endpoint = ?", (ref, endpoint)).fetchone()
+    row = query_one(db, f"{IMAGES} WHERE ref = ? AND endpoint = ?", (ref, endpoint))
     return Image(**row) if row else None
 
 
@@ -232,7 +255,8 @@ def find_images(db: sqlite3.Connection, word: str) -> list[Image]:
 
 def image_layers(db: sqlite3.Connection, image: int) -> list[dict[str, Any]]:
     """Return the layers of an image, lowest first, as they are shown."""
-    rows = db.execute(
+    rows = query(
+        db,
         "SELECT number, key, etag, version, size, media, digest, layer, entries, content_bytes, payload_bytes, notes,"
         " (SELECT count(DISTINCT image) FROM image_layer other WHERE other.layer = image_layer.layer) AS images"
         " FROM image_layer JOIN layer ON layer.id = image_layer.layer WHERE image = ? ORDER BY number",
@@ -243,7 +267,8 @@ def image_layers(db: sqlite3.Connection, image: int) -> list[dict[str, Any]]:
 
 def activations(db: sqlite3.Connection, image: int | None = None) -> list[ActivationRow]:
     """Return the recorded activations, of one image or all."""
-    rows = db.execute(
+    rows = query(
+        db,
         "SELECT name, image, image.ref AS ref, layer, mode, size, device, boot_id, created_ms FROM activation"
         " JOIN image ON image.id = activation.image WHERE ? IS NULL OR image = ? ORDER BY name",
         (image, image),
@@ -264,21 +289,29 @@ def known_digest(db: sqlite3.Connection, endpoint: str, bucket: str, etag: str, 
     """
     if etag.startswith("W/"):
         return None
-    row = db.execute(
+    row = query_one(
+        db,
         "SELECT digest FROM pin WHERE endpoint = ? AND bucket = ? AND etag = ? AND size = ?"
         " ORDER BY fetched_ms LIMIT 1",
         (endpoint, bucket, etag, size),
-    ).fetchone()
+    )
     return str(row["digest"]) if row else None
 
 
 def verdict(db: sqlite3.Connection, blob: str, media: str, parent: str | None, limits: str) -> str | None:
     """Return the layer that these bytes make on this parent, if they were checked before."""
-    row = db.execute(
+    row = query_one(
+        db,
         "SELECT layer FROM verdict WHERE blob = ? AND media = ? AND parent = ? AND limits = ?",
         (blob, media, parent or "", limits),
-    ).fetchone()
+    )
     return str(row["layer"]) if row else None
+
+
+def chained(db: sqlite3.Connection, key: str) -> tuple[str, str] | None:
+    """Return the layer and the blob digest that a chain key stands for, once its check has accepted it."""
+    row = query_one(db, "SELECT layer, digest FROM chain WHERE key = ?", (key,))
+    return (str(row["layer"]), str(row["digest"])) if row else None
 
 
 def chain_of(db: sqlite3.Connection, layer: str | None) -> list[str]:
@@ -286,20 +319,27 @@ def chain_of(db: sqlite3.Connection, layer: str | None) -> list[str]:
     found: list[str] = []
     while layer is not None:
         found.append(layer)
-        row = db.execute("SELECT parent FROM layer WHERE id = ?", (layer,)).fetchone()
+        row = query_one(db, "SELECT parent FROM layer WHERE id = ?", (layer,))
         layer = row["parent"] if row else None
     return found[::-1]
 
 
 def is_committed(db: sqlite3.Connection, layer: str) -> bool:
     """Tell whether the helper has sealed this layer, as far as we were told."""
-    row = db.execute("SELECT committed FROM layer WHERE id = ?", (layer,)).fetchone()
+    row = query_one(db, "SELECT committed FROM layer WHERE id = ?", (layer,))
     return bool(row and row["committed"])
+
+
+def content_bytes(db: sqlite3.Connection, layer: str) -> int:
+    """Return the bytes of a layer's files."""
+    row = query_one(db, "SELECT content_bytes FROM layer WHERE id = ?", (layer,))
+    return int(row["content_bytes"]) if row else 0
 
 
 def unused_layers(db: sqlite3.Connection) -> list[str]:
     """Return the layers that no image stands on, each before its parent."""
-    rows = db.execute(
+    rows = query(
+        db,
         """
         WITH RECURSIVE used (id) AS (
             SELECT top FROM image UNION SELECT layer.parent FROM layer JOIN used ON layer.id = used.id
@@ -308,9 +348,14 @@ def unused_layers(db: sqlite3.Connection) -> list[str]:
             UNION ALL SELECT layer.id, depth.level + 1 FROM layer JOIN depth ON layer.parent = depth.id
         )
         SELECT depth.id FROM depth WHERE depth.id NOT IN (SELECT id FROM used WHERE id IS NOT NULL)
-         ORDER BY level DESC, depth.id"""
+         ORDER BY level DESC, depth.id""",
     )
     return [str(row["id"]) for row in rows]
+
+
+def blobs_by_age(db: sqlite3.Connection) -> list[tuple[str, int]]:
+    """Return digest and size of the cached blobs, least recently used first."""
+    return [(str(r["digest"]), int(r["size"])) for r in query(db, "SELECT digest, size FROM blob ORDER BY used_ms")]
 
 
 # ---------------------------------------------------------------- writing, inside a step's transaction
@@ -323,6 +368,11 @@ def record_blob(db: sqlite3.Connection, digest: str, size: int) -> None:
         " ON CONFLICT (digest) DO UPDATE SET used_ms = excluded.used_ms",
         (digest, size, now_ms()),
     )
+
+
+def forget_blob(db: sqlite3.Connection, digest: str) -> None:
+    """Forget a blob that was removed from the cache; what its object held stays on record."""
+    db.execute("DELETE FROM blob WHERE digest = ?", (digest,))
 
 
 def record_pin(db: sqlite3.Connection, endpoint: str, pin: Any, digest: str) -> None:
@@ -360,6 +410,11 @@ def record_layer(db: sqlite3.Connection, accepted: Any, blob: str, media: str, l
         "INSERT OR REPLACE INTO verdict VALUES (?, ?, ?, ?, ?)",
         (blob, media, accepted.parent or "", limits, accepted.layer),
     )
+
+
+def record_chain(db: sqlite3.Connection, key: str, layer: str, digest: str) -> None:
+    """Note which layer a chain key stands for."""
+    db.execute("INSERT OR REPLACE INTO chain VALUES (?, ?, ?)", (key, layer, digest))
 
 
 def set_committed(db: sqlite3.Connection, layer: str, committed: bool = True) -> None:

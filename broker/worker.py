@@ -171,6 +171,13 @@ class Fetcher:
         self._is_ready = trio.Event()
         self.last_words = bytearray()
 
+    async def greeting(self) -> wire.Ready:
+        """Wait until the fetcher's sandbox holds and return what it said of it."""
+        await self._is_ready.wait()
+        if self.ready is None:
+            raise self._ended or ImgpullError("worker-failed", "the fetcher ended before its sandbox held")
+        return self.ready
+
     async def objects(self, bucket: str, prefix: str) -> list[wire.Pin]:
         """Return the objects directly below a prefix."""
         report = await self._ask(lambda number: wire.List(id=number, bucket=bucket, prefix=prefix))
@@ -204,7 +211,7 @@ class Fetcher:
         progress: Callable[[int], None] | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> wire.FetchReport:
-        await self._is_ready.wait()
+        await self.greeting()
         self._next_id += 1
         number = self._next_id
         send, receive = trio.open_memory_channel[wire.FetchReport](math.inf)

@@ -1,0 +1,308 @@
+"""The command line: what can be typed, and nothing else.
+
+Rule 1: this file declares; broker/commands.py does. Heavy imports happen there, inside the functions that need them.
+Rule 2: standard output carries results, standard error everything else; every command knows `--json`.
+Rule 3: one place turns errors into three lines and an exit code.
+"""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from broker import console, settings
+from broker.errors import ImgpullError, Problem
+
+F = TypeVar("F", bound=Callable[..., Any])
+EPILOG: Final = (
+    "Exit codes are sysexits(3): 0 done, 65 refused, 69 unavailable, 73 no room, 75 try again, 77 not permitted."
+)
+CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _option(*names: str, setting: str, **more: Any) -> Callable[[F], F]:
+    """Declare an option whose value is a setting: absent means that the other sources decide."""
+    row = settings.BY_NAME[setting]
+    more.setdefault("help", row.help[0].upper() + row.help[1:] + ".")
+    if row.type is bool:
+        more.update(is_flag=True, default=None)
+    elif row.choices:
+        more["type"] = click.Choice([c for c in row.choices if c])
+    return click.option(*names, setting, **more)
+
+
+def common(function: F) -> F:
+    """Options of every command."""
+    function = click.option("--debug", is_flag=True, help="Show tracebacks.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")(function)
+
+
+def s3_options(function: F) -> F:
+    """Where and how S3 is spoken to; the spelling is the AWS CLI's."""
+    for option in reversed(
+        [
+            _option("--endpoint-url", setting="endpoint_url", metavar="URL"),
+            _option("--region", setting="region"),
+            _option("--profile", setting="profile"),
+            _option("--no-sign-request", setting="no_sign_request"),
+            _option("--request-payer", setting="request_payer"),
+            _option("--quirks", setting="quirks"),
+            _option("--addressing-style", setting="addressing"),
+            _option("--ca-bundle", setting="ca_bundle", metavar="FILE"),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def list_options(function: F) -> F:
+    """Options of every command that prints a list; the letters are zfs(8)'s."""
+    function = click.option("-p", "exact", is_flag=True, help="Exact values, separated by tabs.")(function)
+    function = click.option("-H", "no_header", is_flag=True, help="No header line.")(function)
+    function = click.option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN sorts downwards.")(function)
+    return click.option("-o", "chosen", metavar="COLUMNS", help="Columns to show, separated by commas.")(function)
+
+
+SETTING_NAMES: Final = frozenset(settings.BY_NAME)
+
+
+def _run(command: str, /, **arguments: Any) -> NoReturn:
+    """Call the command's function with the settings in force and end with its exit code."""
+    from broker import commands
+
+    flags = {k: v for k, v in arguments.items() if k in SETTING_NAMES and v is not None}
+    rest = {k: v for k, v in arguments.items() if k not in SETTING_NAMES}
+    debug = rest.pop("debug", False)
+    as_json = rest.get("as_json", False)
+    try:
+        code = getattr(commands, command)(settings.load(flags), **rest)
+        sys.stdout.flush()
+    except ImgpullError as error:
+        if debug:
+            traceback.print_exc()
+        console.print_problem(error.problem, as_json)
+        code = error.problem.exit_code
+    except BrokenPipeError:
+        _silence_stdout()
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        problem = Problem("bug", "imgpull has a bug", f"{type(error).__name__}: {error}")
+        console.print_problem(problem, as_json)
+        code = problem.exit_code
+    sys.exit(code or 0)
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter's last flush from complaining about a reader that went away."""
+    import os
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+@click.group(context_settings=CONTEXT, epilog=EPILOG)
+def imgpull() -> None:
+    """Pull container root filesystems from S3 into thin snapshots, trusting not one byte of them."""
+
+
+@imgpull.command(epilog=EPILOG)
+@click.argument("ref")
+@click.option("--name", help="Name of the activation; the default is the last word of REF.")
+@click.option("--refresh", is_flag=True, help="Ask S3 whether the objects changed, also if the image is ready.")
+@click.option("--no-activate", is_flag=True, help="Only bring the layers in.")
+@click.option("--size", metavar="SIZE", help="Grow the activation's filesystem, for example 20G.")
+@click.option("--expect", multiple=True, metavar="sha256:HEX", help="Digest of each layer's object, lowest first.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the result alone.")
+@_option("--progress", setting="progress")
+@_option("--limit-rate", setting="rate_limit", metavar="RATE", help="Bandwidth of this pull, for example 50M.")
+@s3_options
+@common
+def pull(**arguments: Any) -> None:
+    """Pull the image REF and activate it; print its device.
+
+    REF is s3://BUCKET/PREFIX for a family of layers 1.tar, 2.tar, … or s3://BUCKET/KEY.tar for one tarball. What is
+    there already is not done again; an image that is ready costs no network and no root.
+    """
+    _run("pull", **arguments)
+
+
+@imgpull.command(name="ls")
+@click.option("--activations", is_flag=True, help="List the devices given out instead of the images.")
+@list_options
+@common
+def ls(**arguments: Any) -> None:
+    """List the images that are ready."""
+    _run("ls", **arguments)
+
+
+@imgpull.command()
+@click.argument("image")
+@common
+def show(**arguments: Any) -> None:
+    """Show an image: its layers, where they come from, what was dropped from them, its devices."""
+    _run("show", **arguments)
+
+
+@imgpull.command()
+@click.argument("image")
+@click.option("--name", help="Name of the activation; the default is the last word of the image's reference.")
+@click.option("--ro", "mode", flag_value="ro", help="A read-only device.")
+@click.option("--rw", "mode", flag_value="rw", default="rw", help="A snapshot of your own to write to (default).")
+@click.option("--size", metavar="SIZE", help="Grow the snapshot's filesystem, for example 20G.")
+@click.option("--firecracker", is_flag=True, help="Print the drive's JSON for Firecracker's API.")
+@common
+def activate(**arguments: Any) -> None:
+    """Give out a device with the image IMAGE; print it."""
+    _run("activate", **arguments)
+
+
+@imgpull.command()
+@click.argument("name")
+@common
+def deactivate(**arguments: Any) -> None:
+    """Take back the device NAME; what was written to it is lost."""
+    _run("deactivate", **arguments)
+
+
+@imgpull.command()
+@click.argument("image")
+@common
+def rm(**arguments: Any) -> None:
+    """Remove the image IMAGE and the layers that nothing else needs."""
+    _run("rm", **arguments)
+
+
+@imgpull.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--manifest", is_flag=True, help="Print the merged tree, one JSON object a line.")
+@click.option("--all", "all_violations", is_flag=True, help="List every violation, not only the first.")
+@common
+def check(**arguments: Any) -> None:
+    """Check tarballs FILES as layers 1, 2, … of one image: no S3, no root, no store.
+
+    Ends with 0 if they are accepted and 65 if they are refused.
+    """
+    _run("check", **arguments)
+
+
+@imgpull.command()
+@common
+def pool(**arguments: Any) -> None:
+    """Show the pool that the root helper serves."""
+    _run("pool", **arguments)
+
+
+@imgpull.command()
+@s3_options
+@common
+def doctor(**arguments: Any) -> None:
+    """Look at everything that imgpull needs and say how to mend what is wrong; ends with 1 on a failure."""
+    _run("doctor", **arguments)
+
+
+@imgpull.command()
+@click.argument("image", required=False)
+@common
+def verify(**arguments: Any) -> None:
+    """Have root read the layers of IMAGE (or of all) again and compare them with their manifests."""
+    _run("verify", **arguments)
+
+
+@imgpull.command()
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be removed.")
+@common
+def gc(**arguments: Any) -> None:
+    """Remove layers that no image needs, and cached blobs beyond the cache's size, least recently used first."""
+    _run("gc", **arguments)
+
+
+@imgpull.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@click.option("--active", is_flag=True, help="Only those at work.")
+@list_options
+@common
+def runs(**arguments: Any) -> None:
+    """List the runs, or show one."""
+    _run("runs", **arguments)
+
+
+@imgpull.command()
+@click.argument("image")
+@common
+def log(**arguments: Any) -> None:
+    """Show every step, attempt, duration and reason of the pulls of IMAGE."""
+    _run("log", **arguments)
+
+
+@imgpull.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@_option("--progress", setting="progress")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
+@common
+def resume(**arguments: Any) -> None:
+    """Go on with interrupted runs: all, or one."""
+    _run("resume", **arguments)
+
+
+@imgpull.command()
+@click.argument("run_id", metavar="RUN")
+@common
+def cancel(**arguments: Any) -> None:
+    """Cancel a run and the runs that it started; what is done is kept."""
+    _run("cancel", **arguments)
+
+
+@imgpull.command()
+@click.argument("word", metavar="RULE|CODE")
+@common
+def explain(**arguments: Any) -> None:
+    """Tell what a rule of the checker or an error code means; offline."""
+    _run("explain", **arguments)
+
+
+@imgpull.group()
+def config() -> None:
+    """Settings."""
+
+
+@config.command(name="show")
+@click.option("--origin", is_flag=True, help="Say where each value comes from.")
+@common
+def config_show(**arguments: Any) -> None:
+    """Show the settings in force."""
+    _run("config_show", **arguments)
+
+
+@imgpull.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell: `source <(imgpull completion bash)`."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(imgpull, {}, "imgpull", "_IMGPULL_COMPLETE").source())
+
+
+@imgpull.command()
+@common
+def version(**arguments: Any) -> None:
+    """Print the versions of this program and of what it stands on."""
+    _run("version", **arguments)
+
+
+def main() -> None:
+    """Run the command line."""
+    imgpull(prog_name="imgpull")
+
+
+if __name__ == "__main__":
+    main()

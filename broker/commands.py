@@ -1,0 +1,580 @@
+"""What each command does. Every function takes the settings in force and returns its exit code.
+
+Rule 1: what can be answered from the state is answered by looking, without the engine, a transaction, trio or root.
+Rule 2: work is a run of a machine (broker/pull.py), so that it survives whatever happens to this process.
+Rule 3: the result alone goes to standard output.
+"""
+
+import json
+import os
+import platform
+import sys
+import tomllib
+from contextlib import closing
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from broker import console, store
+from broker.console import Column
+from broker.errors import CATALOGUE, ImgpullError, UsageError
+from broker.reference import NAME, Reference, clean_name, media_of
+from broker.settings import SETTINGS, Settings, parse_size
+from broker.store import ActivationRow, Image, Paths
+
+if TYPE_CHECKING:
+    from broker.machine import RunRecord
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, sort_keys=True, indent=2))
+
+
+def _result(kind: str, as_json: bool, text: str, **fields: Any) -> None:
+    """Print what a command that changes something has achieved."""
+    if as_json:
+        import time
+
+        print(
+            json.dumps(
+                {"v": 1, "type": "result", "result": kind, "time": round(time.time(), 3), **fields}, sort_keys=True
+            )
+        )
+    elif text:
+        print(text)
+
+
+# ---------------------------------------------------------------- looking
+
+
+def _images(settings: Settings) -> list[Image]:
+    found = store.open_readonly(Paths.of(settings).database)
+    if found is None:
+        return []
+    with closing(found) as db:
+        return store.images(db)
+
+
+def find_image(settings: Settings, word: str) -> Image:
+    """Return the one image that a word means.
+
+    Raises: ImgpullError `no-such-image`, UsageError where it means several.
+    """
+    found: list[Image] = []
+    connection = store.open_readonly(Paths.of(settings).database)
+    if connection is not None:
+        with closing(connection) as db:
+            found = store.find_images(db, word)
+    if not found:
+        raise ImgpullError(
+            "no-such-image",
+            f"{word}: no such image here",
+            advice="`imgpull ls` lists them; `imgpull pull REF` brings one",
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"{word} means {len(found)} images", ", ".join(i.ref for i in found), "write the whole reference"
+        )
+    return found[0]
+
+
+IMAGE_COLUMNS = [
+    Column("image", lambda i: i.ref),
+    Column("id", lambda i: i.short),
+    Column("layers", lambda i: i.layers, str, right=True),
+    Column("size", lambda i: i.bytes, console.size, right=True),
+    Column("content", lambda i: i.content_bytes, console.size, right=True),
+    Column("pulled", lambda i: i.pulled_ms, lambda ms: ago(ms)),
+    Column("endpoint", lambda i: i.endpoint, lambda e: console.escape(e or "aws")),
+]
+ACTIVATION_COLUMNS = [
+    Column("name", lambda a: a.name),
+    Column("device", lambda a: a.device),
+    Column("mode", lambda a: a.mode),
+    Column("size", lambda a: a.size, console.size, right=True),
+    Column("live", lambda a: a.is_live(), lambda live: "yes" if live else "no (re-activate)"),
+    Column("image", lambda a: a.ref),
+]
+
+
+def ago(then_ms: int) -> str:
+    """Return how long ago something was: `3 minutes ago`."""
+    seconds = max(0, store.now_ms() - then_ms) // 1000
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = seconds // length
+            return f"{count} {unit}{'s' * (count != 1)} ago"
+    return "just now"
+
+
+def _table(rows: list[Any], columns: list[Column], **options: Any) -> None:
+    try:
+        text = console.table(rows, columns, **options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if text:
+        print(text)
+
+
+def ls(settings: Settings, *, activations: bool, **options: Any) -> int:
+    """List images or activations."""
+    if not activations:
+        _table(_images(settings), IMAGE_COLUMNS, **options)
+        return 0
+    rows: list[ActivationRow] = []
+    found = store.open_readonly(Paths.of(settings).database)
+    if found is not None:
+        with closing(found) as db:
+            rows = store.activations(db)
+    _table(rows, ACTIVATION_COLUMNS, **options)
+    return 0
+
+
+def show(settings: Settings, *, image: str, as_json: bool) -> int:
+    """Show one image."""
+    chosen = find_image(settings, image)
+    connection = store.open_readonly(Paths.of(settings).database)
+    assert connection is not None
+    with closing(connection) as db:
+        layers = store.image_layers(db, chosen.id)
+        given = store.activations(db, chosen.id)
+    if as_json:
+        _print_json(
+            {
+                "image": chosen.ref,
+                "endpoint": chosen.endpoint,
+                "top": chosen.top,
+                "pulled_ms": chosen.pulled_ms,
+                "layers": layers,
+                "activations": [
+                    {"name": a.name, "device": a.device, "mode": a.mode, "size": a.size, "live": a.is_live()}
+                    for a in given
+                ],
+            }
+        )
+        return 0
+    print(f"image     {console.escape(chosen.ref)}")
+    print(f"endpoint  {console.escape(chosen.endpoint or 'aws')}")
+    print(f"top       {chosen.top}")
+    print(f"pulled    {ago(chosen.pulled_ms)}")
+    for layer in layers:
+        shared = f", shared by {layer['images']} images" if layer["images"] > 1 else ""
+        print(f"\nlayer {layer['number']}   {layer['layer']}")
+        print(
+            f"  object   {console.escape(layer['key'])}  {console.size(layer['size'])}"
+            f"  etag {console.escape(layer['etag'])}"
+        )
+        print(f"  content  {layer['digest']} (recorded when it was first fetched)")
+        print(f"  entries  {layer['entries']}, {console.size(layer['content_bytes'])} of files{shared}")
+        for rule, count in layer["notes"]["dropped"].items():
+            print(f"  dropped  {count} x {rule}")
+        for name in layer["notes"]["omitted"]:
+            print(f"  omitted  {console.escape(name)}")
+        for warning in layer["notes"]["warnings"]:
+            print(f"  note     {warning['rule']}: {console.escape(warning['reason'])}")
+    for row in given:
+        print(f"\nactivation {row.name}  {row.device}  {row.mode}  {'live' if row.is_live() else 'not live'}")
+    return 0
+
+
+# ---------------------------------------------------------------- pulling
+
+
+def pull(
+    settings: Settings,
+    *,
+    ref: str,
+    name: str | None,
+    refresh: bool,
+    no_activate: bool,
+    size: str | None,
+    expect: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Pull an image and activate it."""
+    reference = Reference.parse(ref)
+    size_bytes = _size(size)
+    wanted = None if no_activate else _name(name, reference.default_name)
+    if not refresh and not expect:
+        ready = store.quick_lookup(Paths.of(settings), str(reference), settings.endpoint_url, wanted)
+        if ready is not None:
+            _pulled(as_json, quiet, str(reference), ready[0].top, ready[1].device if ready[1] else None, None)
+            return 0
+    from broker import work
+
+    report = console.reporter(settings.progress, as_json, quiet)
+    done = work.pull(settings, report, reference, wanted, size_bytes, list(expect), refresh)
+    _pulled(as_json, quiet, str(reference), done.top, done.device, done.summary)
+    return 0
+
+
+def _pulled(as_json: bool, quiet: bool, ref: str, top: str, device: str | None, summary: dict[str, Any] | None) -> None:
+    if not as_json and not quiet:
+        text = "is ready, nothing to do" if summary is None else summary["text"]
+        print(f"{console.escape(ref)}: {text}", file=sys.stderr)
+    numbers = {k: v for k, v in (summary or {}).items() if k != "text"}
+    _result("pull", as_json, device or top, image=ref, top=top, device=device, changed=summary is not None, **numbers)
+
+
+def _name(name: str | None, default: str) -> str:
+    if name is not None and not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no name",
+            "a name has letters, digits, `.`, `_` and `-`, at most 64, and starts with a letter or digit",
+        )
+    return name or default
+
+
+def _size(text: str | None) -> int:
+    try:
+        return parse_size(text) if text else 0
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
+
+
+def activate(
+    settings: Settings, *, image: str, name: str | None, mode: str, size: str | None, firecracker: bool, as_json: bool
+) -> int:
+    """Give out one more device of an image."""
+    chosen = find_image(settings, image)
+    from broker import work
+
+    wanted = _name(name, Reference.parse(chosen.ref).default_name)
+    given = work.activate(settings, chosen, wanted, mode, _size(size))
+    if firecracker:
+        # Firecracker API, PUT /drives/{drive_id}: https://github.com/firecracker-microvm/firecracker, firecracker.yaml
+        drive = {
+            "drive_id": clean_name(given.name).replace(".", "_").replace("-", "_"),
+            "path_on_host": given.device,
+            "is_root_device": True,
+            "is_read_only": given.mode == "ro",
+        }
+        _print_json(drive)
+        return 0
+    fields = {"name": given.name, "device": given.device, "mode": given.mode, "size": given.size, "layer": given.layer}
+    _result("activate", as_json, given.device, image=chosen.ref, **fields)
+    return 0
+
+
+def deactivate(settings: Settings, *, name: str, as_json: bool) -> int:
+    """Take a device back."""
+    from broker import work
+
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name of an activation")
+    work.deactivate(settings, name)
+    _result("deactivate", as_json, "", name=name)
+    return 0
+
+
+def rm(settings: Settings, *, image: str, as_json: bool) -> int:
+    """Remove an image."""
+    chosen = find_image(settings, image)
+    from broker import work
+
+    removed = work.remove(settings, chosen)
+    kept = chosen.layers - len(removed)
+    text = f"removed {console.escape(chosen.ref)}: {len(removed)} layers removed"
+    if kept > 0:
+        text += f", {kept} kept for other images"
+    _result("rm", as_json, text, image=chosen.ref, layers=removed)
+    return 0
+
+
+def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
+    """Remove what nothing needs."""
+    from broker import work
+
+    found = work.collect(settings, dry_run)
+    word = "would remove" if dry_run else "removed"
+    text = f"{word} {len(found['layers'])} layers, {len(found['blobs'])} blobs ({console.size(found['bytes'])})"
+    _result("gc", as_json, text, dry_run=dry_run, **found)
+    return 0
+
+
+def verify(settings: Settings, *, image: str | None, as_json: bool) -> int:
+    """Have root compare layers with their manifests."""
+    from broker import work
+
+    chosen = [find_image(settings, image)] if image else _images(settings)
+    findings = work.verify(settings, chosen)
+    for row in findings:
+        if not as_json:
+            verdict = (
+                f"{row['files']} files, {console.size(row['bytes'])}: good" if row["ok"] else f"BAD: {row['reason']}"
+            )
+            print(f"{row['layer']}  {console.escape(verdict)}")
+    if as_json:
+        _print_json(findings)
+    return 0 if all(row["ok"] for row in findings) else 1
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(settings: Settings, *, files: tuple[str, ...], manifest: bool, all_violations: bool, as_json: bool) -> int:
+    """Check tarballs by the archive rules alone."""
+    for name in files:
+        if media_of(name) is None:
+            raise ImgpullError(
+                "archive-rejected",
+                f"{name}: refused by rule media_unknown",
+                "the name declares no format that a layer can have: .tar, .tar.gz, .tgz, .tar.zst",
+                violations=[],
+            )
+    from broker import work
+
+    accepted = work.check(list(files), with_tree=manifest, all_violations=all_violations)
+    if manifest:
+        return 0
+    if as_json:
+        _result("check", True, "", accepted=True, layers=[a.model_dump() for a in accepted])
+        return 0
+    for name, verdict in zip(files, accepted, strict=True):
+        print(
+            f"{console.escape(name)}: accepted,"
+            f" {verdict.entries} entries, {console.size(verdict.content_bytes)} of files"
+        )
+        print(f"  layer {verdict.layer}")
+        for rule, count in verdict.dropped.items():
+            print(f"  dropped {count} x {rule}")
+        for warning in verdict.warnings[:20]:
+            print(f"  note {warning.rule}: {console.escape(warning.name or '')}: {console.escape(warning.reason)}")
+    return 0
+
+
+def explain(settings: Settings, *, word: str, as_json: bool) -> int:
+    """Tell what a rule or an error code means."""
+    from broker.settings import POLICY_DIR
+
+    with (POLICY_DIR / "rules.toml").open("rb") as file:
+        rules: dict[str, dict[str, str]] = tomllib.load(file)
+    if word in CATALOGUE:
+        kind = CATALOGUE[word]
+        fields = {
+            "code": word,
+            "exit": kind.exit_code,
+            "what": kind.title,
+            "advice": kind.advice,
+            "retryable": kind.retryable,
+        }
+        lines = [f"error code {word}, exit code {kind.exit_code}", "", kind.title, f"What to do: {kind.advice}."]
+    elif word in rules:
+        rule = rules[word]
+        fields = {"rule": word, **rule}
+        lines = [f"rule {word} of the checker", "", *[f"{key.capitalize()}: {text}" for key, text in rule.items()]]
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(word, [*CATALOGUE, *rules], 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "rules are named in each refusal, codes with --json"
+        raise UsageError(f"{word!r} is neither a rule nor an error code", advice=hint)
+    if as_json:
+        _print_json(fields)
+    else:
+        print("\n".join(lines))
+    return 0
+
+
+# ---------------------------------------------------------------- runs
+
+RUN_COLUMNS = [
+    Column("run", lambda r: r.id),
+    Column("machine", lambda r: r.machine),
+    Column("state", lambda r: r.outcome or "active"),
+    Column("step", lambda r: r.step),
+    Column("attempt", lambda r: r.attempt, str, right=True),
+    Column("started", lambda r: r.created_ms, ago),
+    Column("subject", lambda r: subject(r)),
+]
+
+
+def subject(run: "RunRecord") -> str:
+    """Return what a run is about, for people."""
+    try:
+        request = json.loads(run.request)
+    except ValueError:
+        return ""
+    pin = request.get("pin") or {}
+    return str(request.get("ref") or request.get("name") or pin.get("key") or "")
+
+
+def runs(settings: Settings, *, run_id: str | None, active: bool, as_json: bool, **options: Any) -> int:
+    """List runs or show one."""
+    from broker import work
+
+    with work.looking(settings) as lookup:
+        if run_id is not None:
+            if lookup is None:
+                raise ImgpullError("no-such-run", f"{run_id}: no such run here")
+            record = work.run_record(lookup, run_id)
+            _print_run(lookup.events(record), record, as_json)
+            return 0
+        rows = lookup.runs(active_only=active, limit=200) if lookup else []
+    _table(rows, RUN_COLUMNS, as_json=as_json, **options)
+    return 0
+
+
+def _print_run(events: list[Any], record: Any, as_json: bool) -> None:
+    if as_json:
+        shown = [
+            {"type": e.type, "step": e.step, "attempt": e.attempt, "time_ms": e.at_ms, **e.payload} for e in events
+        ]
+        _print_json(
+            {
+                "run": record.id,
+                "machine": record.machine,
+                "state": record.outcome or "active",
+                "step": record.step,
+                "events": shown,
+            }
+        )
+        return
+    print(f"run {record.id}: {record.machine} of {console.escape(subject(record))}, {record.outcome or 'active'}")
+    first = events[0].at_ms if events else 0
+    for event in events:
+        words = [f"{(event.at_ms - first) / 1000:10.3f} s", f"{event.type:<10}"]
+        words.append(f"{event.step or '':<10}" + (f" #{event.attempt}" if event.attempt and event.attempt > 1 else ""))
+        if "duration_ms" in event.payload:
+            words.append(f"{event.payload['duration_ms']} ms")
+        if event.payload.get("reason"):
+            words.append(console.escape(event.payload["reason"])[:500])
+        print("  ".join(words).rstrip())
+
+
+def log(settings: Settings, *, image: str, as_json: bool) -> int:
+    """Show every step of the pulls of an image and of the layers that they started."""
+    from broker import work
+
+    try:
+        ref = find_image(settings, image).ref
+    except ImgpullError:
+        ref = str(Reference.parse(image)) if image.startswith("s3://") else image
+    with work.looking(settings) as lookup:
+        found = [r for r in lookup.runs("pull", limit=1000) if subject(r) == ref] if lookup else []
+        if not found or lookup is None:
+            raise ImgpullError("no-such-image", f"{image}: never pulled here")
+        whole = [(r, lookup.events(r)) for p in reversed(found) for r in (p, *lookup.children(p))]
+    if as_json:
+        _print_json(
+            [
+                {"run": r.id, "machine": r.machine, "subject": subject(r), "state": r.outcome or "active"}
+                | {
+                    "events": [
+                        {"type": e.type, "step": e.step, "attempt": e.attempt, "time_ms": e.at_ms, **e.payload}
+                        for e in events
+                    ]
+                }
+                for r, events in whole
+            ]
+        )
+        return 0
+    for record, events in whole:
+        _print_run(events, record, False)
+    return 0
+
+
+def resume(settings: Settings, *, run_id: str | None, quiet: bool, as_json: bool) -> int:
+    """Go on with interrupted runs."""
+    from broker import work
+
+    ended = work.resume(settings, console.reporter(settings.progress, as_json, quiet), run_id)
+    bad = [row for row in ended if row["state"] != "done"]
+    _result("resume", as_json, "" if quiet else f"{len(ended)} runs ended, {len(bad)} of them badly", runs=ended)
+    return 1 if bad else 0
+
+
+def cancel(settings: Settings, *, run_id: str, as_json: bool) -> int:
+    """Cancel a run."""
+    from broker import work
+
+    state = work.cancel(settings, run_id)
+    _result("cancel", as_json, f"{run_id}: {state}", run=run_id, state=state)
+    return 0
+
+
+# ---------------------------------------------------------------- the host
+
+
+def pool(settings: Settings, *, as_json: bool) -> int:
+    """Show the pool."""
+    from broker import work
+
+    greeting, layers, activations = work.inventory(settings)
+    figures = greeting["pool"]
+    if as_json:
+        _print_json(
+            {
+                "store": greeting["store"],
+                "policy": greeting["policy"],
+                "pool": figures,
+                "layers": len(layers),
+                "activations": len(activations),
+            }
+        )
+        return 0
+    print(f"store       {greeting['store']}, {figures['state']}")
+    print(f"data        {_share(figures['data_used_bytes'], figures['data_bytes'])}")
+    if figures.get("metadata_bytes"):
+        print(f"metadata    {_share(figures['metadata_used_bytes'], figures['metadata_bytes'])}")
+    if figures.get("reserved_bytes"):
+        print(f"reserved    {console.size(figures['reserved_bytes'])} for commits in flight")
+    if figures.get("block_bytes"):
+        print(f"block       {console.size(figures['block_bytes'])}")
+    print(f"layers      {len(layers)}")
+    print(f"devices     {len(activations)} of yours")
+    print(f"policy      {greeting['policy']}")
+    return 0
+
+
+def _share(used: int, total: int) -> str:
+    percent = f" ({used * 100 // total} %)" if total else ""
+    return f"{console.size(used)} of {console.size(total)} used{percent}, {console.size(max(0, total - used))} free"
+
+
+def doctor(settings: Settings, *, as_json: bool) -> int:
+    """Look at everything that imgpull needs."""
+    from broker import doctor as examination
+
+    findings = examination.examine(settings)
+    if as_json:
+        _print_json([f.to_json() for f in findings])
+    else:
+        width = max(len(f.subject) for f in findings)
+        for finding in findings:
+            print(f"{finding.verdict:<4}  {finding.subject.ljust(width)}  {console.escape(finding.text)}")
+            if finding.remedy and finding.verdict != "ok":
+                print(f"      {' ' * width}  -> {finding.remedy}")
+    return 1 if any(f.verdict == "fail" for f in findings) else 0
+
+
+def config_show(settings: Settings, *, origin: bool, as_json: bool) -> int:
+    """Show the settings in force."""
+    if as_json:
+        _print_json({k: {"value": v.value, "origin": v.origin} for k, v in settings.values.items()})
+        return 0
+    for row in SETTINGS:
+        value = settings.values[row.name]
+        shown = f"{value.value} {row.unit}".rstrip() if row.unit else str(value.value)
+        print(f"{row.name:<16} {console.escape(shown):<40} {value.origin if origin else ''}".rstrip())
+    return 0
+
+
+def version(settings: Settings, *, as_json: bool) -> int:
+    """Print versions."""
+    import sqlite3
+
+    found = {
+        "imgpull": metadata.version("imgpull"),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+    }
+    for package in ("boto3", "libarchive-c", "pydantic", "trio", "zstandard"):
+        found[package] = metadata.version(package)
+    found["kernel"] = os.uname().release
+    if as_json:
+        _print_json(found)
+    else:
+        for name, number in found.items():
+            print(f"{name:<14}{number}")
+    return 0

@@ -1,0 +1,710 @@
+"""The machines of this program, as tables: pull and its layers, activate, deactivate, remove.
+
+Rule 1: a step first looks whether its result is there already, by content; only then does it work.
+Rule 2: every effect outside the database is idempotent, so that a step that is run again after a crash ends the same.
+Rule 3: a pull is a parent; each distinct layer is a child run of its own, so that images, and programs run at the same
+        time, share the work of a shared layer. Layer k is checked while k+1 is fetched and k-1 is committed.
+
+The key of a layer run is the digest of all that decides what comes out: the pinned objects from the lowest layer up to
+this one, where they lie, and the limits in force.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import trio
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker import protocol, reference, store, worker
+from broker.app import App, nameless_file, publish, sealed_copy
+from broker.console import escape
+from broker.errors import ImgpullError, Problem
+from broker.helper import Helper, LayerAbsentError
+from broker.machine import Abort, Done, Machine, Outcome, Policy, Retry, Run
+from broker.reference import Reference
+
+LOWER_POLL_S = 0.05  # how often a layer looks whether the one below it is checked
+
+
+class Model(BaseModel):
+    """What a run keeps in the database: strict and frozen."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def classify(error: Exception) -> bool | Abort | Retry:
+    """Say whether a step's error is worth another attempt, and keep the whole Problem in the run."""
+    if isinstance(error, ImgpullError):
+        problem = error.problem
+        retry = problem.details.get("retry", problem.kind.retryable)
+        make = Retry if retry else Abort
+        return make(problem.what, kind=problem.code, detail={"problem": problem.dump()})
+    if isinstance(error, OSError):
+        code = "no-room" if error.errno in (28, 122) else "io-error"  # ENOSPC, EDQUOT
+        problem = Problem(code, f"{error.filename or 'a file'}: {error.strerror}")
+        return Abort(problem.what, kind=code, detail={"problem": problem.dump()})
+    return isinstance(error, trio.TooSlowError)
+
+
+def abort(problem: Problem) -> Abort:
+    """Return the signal that ends a run with this problem."""
+    return Abort(problem.what, kind=problem.code, detail={"problem": problem.dump()})
+
+
+def problem_of(outcome: Outcome) -> Problem:
+    """Return what a run that did not end well has to say to the user."""
+    if "problem" in outcome.detail:
+        return Problem.load(str(outcome.detail["problem"]))
+    if outcome.kind == "cancelled":
+        return Problem("interrupted", f"cancelled: {outcome.reason or 'no cause given'}")
+    if outcome.kind == "quarantined":
+        return Problem("state-damaged", "the run was started by another version of this program", outcome.reason or "")
+    return Problem("bug", outcome.sentence, outcome.error_kind or "")
+
+
+NETWORK = Policy(attempts=5, retry_on=classify)
+LOCAL = Policy(attempts=3, retry_on=classify)
+ROOT = Policy(attempts=6, retry_on=classify)
+
+# ---------------------------------------------------------------- one layer
+
+
+class LayerRequest(Model):
+    """One layer to bring into the store. ``chain`` is its own key, ``lower`` the key of the layer below it."""
+
+    number: Annotated[int, Field(ge=1, le=protocol.MAX_LAYERS)]
+    media: Literal["tar", "tar+gzip", "tar+zstd", "tar+bzip2", "tar+xz"]
+    pin: protocol.Pin
+    endpoint: protocol.Endpoint
+    origin: str  # the endpoint's URL in force
+    chain: str
+    lower: str | None
+    lower_run: str | None
+    expect: protocol.Digest | None = None
+
+
+class Blob(Model):
+    """The bytes of a layer are known by digest; ``transferred`` of them came over the network just now."""
+
+    digest: protocol.Digest
+    transferred: int
+
+
+class Checked(Model):
+    """The layer is known by content."""
+
+    layer: protocol.Digest
+    parent: protocol.Digest | None
+    reused: bool
+
+
+class Committed(Model):
+    """The helper has sealed the layer."""
+
+    layer: protocol.Digest
+    reused: bool
+
+
+def label(key: str) -> str:
+    """Return a layer's name on the screen: the last two words of its key."""
+    return "/".join(key.split("/")[-2:])
+
+
+async def fetch_layer(run: Run[LayerRequest]) -> Blob:
+    """Bring the blob into the cache, unless nothing further needs its bytes."""
+    app, asked = _app(run), run.request
+    app.report.stage(asked.chain, "waiting", 0, asked.pin.size)
+    digest = await app.read(store.known_digest, asked.origin, asked.pin.bucket, asked.pin.etag, asked.pin.size)
+    if digest is not None:
+        _expect(asked, digest)
+        known = await app.read(store.chained, asked.chain)
+        if app.paths.blob(digest).exists() or (known and await app.read(store.is_committed, known[0])):
+            run.on_commit(lambda db: store.record_pin(db, asked.origin, asked.pin, digest))
+            return Blob(digest=digest, transferred=0)
+    app.report.stage(asked.chain, "fetching", 0, asked.pin.size)
+    session = await app.fetcher(asked.endpoint)
+    fetched = await session.fetch(
+        asked.pin,
+        asked.expect,
+        lambda done: app.report.stage(asked.chain, "fetching", done, asked.pin.size),
+        lambda message: app.report.notice(f"{label(asked.pin.key)}: {message}", layer=label(asked.pin.key)),
+    )
+
+    def record(db: Any) -> None:
+        store.record_blob(db, fetched.digest, fetched.size)
+        store.record_pin(db, asked.origin, asked.pin, fetched.digest)
+
+    run.on_commit(record)
+    return Blob(digest=fetched.digest, transferred=fetched.transferred_bytes)
+
+
+def _expect(asked: LayerRequest, digest: str) -> None:
+    if asked.expect and asked.expect != digest:
+        raise ImgpullError(
+            "digest-mismatch",
+            f"{asked.pin.key}: the content is not what --expect says",
+            f"it is {digest}, not {asked.expect}",
+        )
+
+
+async def check_layer(run: Run[LayerRequest]) -> Checked:
+    """Turn the blob into a manifest on top of the lower layers, unless these very bytes were checked before."""
+    app, asked = _app(run), run.request
+    digest = run.result("fetch", Blob).digest
+    parent = await _lower_layer(run)
+    found = await app.read(store.verdict, digest, asked.media, parent, app.limits)
+    if found is not None:
+        run.on_commit(lambda db: store.record_chain(db, asked.chain, found, digest))
+        return Checked(layer=found, parent=parent, reused=True)
+    accepted = await _check(run, digest, parent)
+
+    def record(db: Any) -> None:
+        store.record_layer(db, accepted, digest, asked.media, app.limits)
+        store.record_chain(db, asked.chain, accepted.layer, digest)
+
+    run.on_commit(record)
+    return Checked(layer=accepted.layer, parent=parent, reused=False)
+
+
+async def _lower_layer(run: Run[LayerRequest]) -> str | None:
+    """Wait until the layer below is checked. Returns: its id, None for the lowest layer."""
+    app, asked = _app(run), run.request
+    if asked.lower is None:
+        return None
+    while True:
+        known = await app.read(store.chained, asked.lower)
+        if known:
+            return known[0]
+        outcome = await app.peek(asked.lower_run) if asked.lower_run else None
+        if outcome is not None and not outcome.ok:
+            raise abort(problem_of(outcome))
+        await trio.sleep(LOWER_POLL_S)
+
+
+async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> protocol.Accepted:
+    """Run the checker on a blob; publish its manifest and, for a compressed blob, its payload."""
+    app, asked = _app(run), run.request
+    async with app.checkers:
+        app.report.stage(asked.chain, "checking", 0, asked.pin.size)
+        with ExitStack() as stack:
+            lower = []
+            for layer in await app.read(store.chain_of, parent):
+                lower.append(await app.manifest_fd(layer))
+                stack.callback(os.close, lower[-1])
+            blob = os.open(app.paths.blob(digest), os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, blob)
+            manifest = stack.enter_context(nameless_file(app.paths.manifest("x").parent))
+            payload = (
+                None if asked.media == "tar" else stack.enter_context(nameless_file(app.paths.payload("x").parent))
+            )
+            job = protocol.CheckJob(
+                media=asked.media, layer_number=asked.number, lower=lower, manifest_fd=manifest, payload_fd=payload
+            )
+            inherited = [*lower, manifest, *([payload] if payload is not None else [])]
+            verdict = await worker.check(
+                job,
+                blob,
+                inherited,
+                lambda done: app.report.stage(asked.chain, "checking", done, asked.pin.size),
+                app.check_deadline_s,
+            )
+            if isinstance(verdict, protocol.Rejected):
+                raise rejected(asked.pin.key, verdict)
+            if verdict.parent != parent:
+                raise ImgpullError("worker-failed", "the checker speaks of another parent than it was given")
+            if payload is not None:
+                publish(payload, app.paths.payload(digest))
+            publish(manifest, app.paths.manifest(verdict.layer))
+            return verdict
+
+
+def rejected(name: str, verdict: protocol.Rejected) -> ImgpullError:
+    """Return the error for a refused archive: its first violation in words, all of them as data."""
+    first = verdict.violations[0]
+    where = [f"layer {first.layer}"]
+    if first.entry is not None:
+        where.append(f"entry {first.entry}")
+    if first.offset is not None:
+        where.append(f"byte {first.offset}")
+    entry = f" {first.name}" if first.name is not None else ""
+    more = len(verdict.violations) - 1
+    return ImgpullError(
+        "archive-rejected",
+        f"{name}: refused by rule {first.rule}",
+        f"{', '.join(where)}{entry}: {first.reason}" + (f" (and {more} more)" if more else ""),
+        f"run `imgpull explain {first.rule}`; the archive has to be made anew",
+        violations=[v.model_dump() for v in verdict.violations],
+    )
+
+
+async def commit_layer(run: Run[LayerRequest]) -> Committed:
+    """Have root make the layer, unless it holds it already."""
+    app, asked = _app(run), run.request
+    checked = run.result("check", Checked)
+    if await app.read(store.is_committed, checked.layer):
+        app.report.stage(asked.chain, "shared")
+        return Committed(layer=checked.layer, reused=True)
+    if asked.lower_run is not None:
+        outcome = await run.wait(asked.lower_run)
+        if not outcome.ok:
+            raise abort(problem_of(outcome))
+    async with app.helper() as root:
+        existed = await root.stat(checked.layer) == "sealed"
+        if not existed:
+            existed = await _commit(run, root, checked)
+    app.report.stage(asked.chain, "shared" if existed else "ready")
+    run.on_commit(lambda db: store.set_committed(db, checked.layer))
+    return Committed(layer=checked.layer, reused=existed)
+
+
+async def _commit(run: Run[LayerRequest], root: Helper, checked: Checked) -> bool:
+    """Hand manifest and payload to root. Returns: whether somebody else had made the layer meanwhile."""
+    app, asked = _app(run), run.request
+    digest = run.result("fetch", Blob).digest
+    path = app.paths.blob(digest) if asked.media == "tar" else app.paths.payload(digest)
+    if not path.exists():
+        # The verdict was known, so nothing was checked now; but root lost the layer, and its bytes are needed again.
+        if not app.paths.blob(digest).exists():
+            session = await app.fetcher(asked.endpoint)
+            await session.fetch(asked.pin, digest)
+        if asked.media != "tar":
+            again = await _check(run, digest, checked.parent)
+            if again.layer != checked.layer:
+                raise ImgpullError("bug", "the same bytes made two different layers", f"{again.layer}, {checked.layer}")
+    app.report.stage(asked.chain, "committing")
+    total = await app.read(store.content_bytes, checked.layer)
+    with ExitStack() as stack:
+        plain = await app.manifest_fd(checked.layer)
+        stack.callback(os.close, plain)
+        manifest = stack.enter_context(sealed_copy(plain))
+        payload = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, payload)
+        layer, existed = await root.commit(
+            manifest, payload, lambda _, done: app.report.stage(asked.chain, "committing", done, total)
+        )
+    if layer != checked.layer:
+        raise ImgpullError("bug", "root computed another id for the layer", f"{layer}, not {checked.layer}")
+    if asked.media != "tar":
+        path.unlink(missing_ok=True)
+    return existed
+
+
+LAYER: Machine[LayerRequest] = (
+    Machine("layer", LayerRequest, version=1)
+    .start("fetch", fetch_layer, result=Blob, retry=NETWORK)
+    .to("check", check_layer, result=Checked, retry=LOCAL)
+    .to("commit", commit_layer, result=Committed, retry=ROOT)
+    .end("sealed")
+)
+
+# ---------------------------------------------------------------- one image
+
+
+class PullRequest(Model):
+    """One image to pull. ``expect`` gives a digest a layer, or none at all."""
+
+    ref: str
+    endpoint: protocol.Endpoint
+    name: str | None  # of the activation; None makes none
+    mode: Literal["ro", "rw"] = "rw"
+    size: int = 0
+    expect: list[protocol.Digest] = []
+
+
+class LayerSpec(Model):
+    """One layer of a resolved image."""
+
+    number: int
+    media: Literal["tar", "tar+gzip", "tar+zstd", "tar+bzip2", "tar+xz"]
+    pin: protocol.Pin
+
+
+class Resolved(Model):
+    """The image's layers as they lie in S3 now."""
+
+    origin: str
+    layers: list[LayerSpec]
+
+
+class Layers(Model):
+    """All layers are sealed."""
+
+    layers: list[protocol.Digest]
+    transferred: int
+    reused: int
+
+
+class Activated(Model):
+    """A device was given out."""
+
+    name: str
+    layer: protocol.Digest
+    mode: Literal["ro", "rw"]
+    device: str
+    size: int
+
+
+async def resolve(run: Run[PullRequest]) -> Resolved:
+    """Ask S3 which layers the image has and pin them."""
+    app, asked = _app(run), run.request
+    ref = Reference.parse(asked.ref)
+    session = await app.fetcher(asked.endpoint)
+    if ref.family:
+        numbered = reference.order_layers(ref, await session.objects(ref.bucket, ref.prefix))
+    else:
+        numbered = reference.single_layer(ref, await session.head(ref.bucket, ref.path))
+    if asked.expect and len(asked.expect) != len(numbered):
+        raise ImgpullError(
+            "digest-mismatch",
+            f"{ref}: {len(asked.expect)} digests are expected",
+            f"the image has {len(numbered)} layers",
+        )
+    assert session.ready is not None
+    specs = [LayerSpec(number=n.number, media=n.media, pin=n.object) for n in numbered]
+    return Resolved(origin=session.ready.endpoint, layers=specs)
+
+
+def chain_keys(resolved: Resolved, limits: str, expect: list[str]) -> list[str]:
+    """Return the key of each layer's run, lowest first.
+
+    Two objects of one bucket with the same strong ETag and size hold the same bytes, so the object's name is no part of
+    the key: layers that lie under several names are one. What --expect demands is, so that no demand is skipped.
+    """
+    keys, lower = [], ""
+    for spec in resolved.layers:
+        pin = spec.pin
+        name = "" if not pin.etag.startswith("W/") else f"{pin.key}@{pin.version}"
+        demand = expect[spec.number - 1] if expect else ""
+        facts = [limits, resolved.origin, pin.bucket, pin.etag, pin.size, name, spec.media, demand, lower]
+        lower = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        keys.append(lower)
+    return keys
+
+
+async def pull_layers(run: Run[PullRequest]) -> Layers:
+    """Bring in all layers, each by a run of its own, and make the image visible when the last one is sealed."""
+    app, asked = _app(run), run.request
+    resolved = run.result("resolve", Resolved)
+    keys = chain_keys(resolved, app.limits, list(asked.expect))
+    app.report.begin(asked.ref, [(k, label(s.pin.key), s.pin.size) for k, s in zip(keys, resolved.layers, strict=True)])
+    await _forget_what_root_lost(run, keys)
+    results: dict[int, tuple[Blob, Committed]] = {}
+    runs: list[str] = []
+    for index, spec in enumerate(resolved.layers):
+        request = LayerRequest(
+            number=spec.number,
+            media=spec.media,
+            pin=spec.pin,
+            endpoint=asked.endpoint,
+            origin=resolved.origin,
+            chain=keys[index],
+            lower=keys[index - 1] if index else None,
+            lower_run=runs[index - 1] if index else None,
+            expect=asked.expect[index] if asked.expect else None,
+        )
+        runs.append(await run.start_child(LAYER, keys[index], request))
+    async with trio.open_nursery() as nursery:
+        for index, child in enumerate(runs):
+            nursery.start_soon(partial(_finish_layer, run, child, keys[index], index, results))
+    ordered = [results[i] for i in range(len(runs))]
+    layers = [committed.layer for _, committed in ordered]
+    rows = [
+        (s.number, s.pin.key, s.pin.etag, s.pin.version or "", s.pin.size, s.media, blob.digest, committed.layer)
+        for s, (blob, committed) in zip(resolved.layers, ordered, strict=True)
+    ]
+    run.on_commit(lambda db: store.record_image(db, asked.ref, asked.endpoint.endpoint_url or "", rows, layers[-1]))
+    return Layers(
+        layers=layers,
+        transferred=sum(blob.transferred for blob, _ in ordered),
+        reused=sum(committed.reused for _, committed in ordered),
+    )
+
+
+async def _finish_layer(
+    run: Run[PullRequest], child: str, key: str, index: int, results: dict[int, tuple[Blob, Committed]]
+) -> None:
+    """Wait for one layer's run, whoever works on it."""
+    app = _app(run)
+    outcome = await run.wait(child)
+    if not outcome.ok:
+        app.report.stage(key, "failed")
+        raise abort(problem_of(outcome))
+    committed = outcome.result("commit", Committed)
+    app.report.stage(key, "shared" if committed.reused else "ready")
+    results[index] = (outcome.result("fetch", Blob), committed)
+
+
+async def _forget_what_root_lost(run: Run[PullRequest], keys: list[str]) -> None:
+    """Where we think that the whole image is there, ask root about its top layer: a pool may have been made anew."""
+    app = _app(run)
+    known = [await app.read(store.chained, key) for key in keys]
+    layers = [k[0] for k in known if k]
+    committed = [await app.read(store.is_committed, layer) for layer in layers]
+    if len(layers) < len(keys) or not all(committed):
+        return
+    async with app.helper() as root:
+        if await root.stat(layers[-1]) == "sealed":
+            return
+        held, _ = await root.inventory()
+    sealed = {item["layer"] for item in held if item["state"] == "sealed"}
+    async with app.engine.transaction() as db:
+        for layer in layers:
+            if layer not in sealed:
+                store.set_committed(db, layer, False)
+
+
+async def activate_pulled(run: Run[PullRequest]) -> Activated:
+    """Give out a device with the image on it, if one was asked for."""
+    asked = run.request
+    if asked.name is None:
+        raise Done
+    top = run.result("layers", Layers).layers[-1]
+    return await _activate(run, asked.ref, asked.endpoint.endpoint_url or "", top, asked.name, asked.mode, asked.size)
+
+
+async def _activate(
+    run: Run[Any], ref: str, endpoint: str, layer: str, name: str, mode: Literal["ro", "rw"], size: int
+) -> Activated:
+    app = _app(run)
+    taken = await app.read(store.activation, name)
+    if taken is not None and (taken.ref, taken.layer) != (ref, layer) and taken.is_live():
+        raise ImgpullError(
+            "busy",
+            f"the name {name} is in use",
+            f"it is an activation of {taken.ref}" + (" as it was before" if taken.ref == ref else ""),
+            f"choose another with --name, or `imgpull deactivate {name}` first",
+            retry=False,
+        )
+    async with app.helper() as root:
+        try:
+            given = await root.activate(layer, name, mode, size)
+        except LayerAbsentError as error:
+            raise ImgpullError(
+                "pool-unavailable", f"root has lost layer {layer}", str(error), "pull the image again"
+            ) from error
+    if given.mount_fd is not None:
+        os.close(given.mount_fd)  # a mount that lives as long as a descriptor is of no use to a finished run
+    image = await app.read(store.image_by_ref, ref, endpoint)
+    if image is None:
+        raise ImgpullError("no-such-image", f"{ref} was removed meanwhile")
+    run.on_commit(lambda db: store.record_activation(db, image.id, given))
+    return Activated(name=name, layer=layer, mode=mode, device=given.device, size=given.size)
+
+
+async def release_layers(run: Run[PullRequest], outcome: Outcome) -> None:
+    """After a pull that failed, stop the work on layers that no other pull wants."""
+    if outcome.ok:
+        return
+    engine = _app(run).engine
+    for child in engine.lookup.children(engine.lookup.run(run.id)):
+        others = [p for p in engine.lookup.parents(child) if p.active and p.id != run.id]
+        if child.active and not others:
+            await engine.cancel(child.id, cause="the pull that wanted it failed")
+
+
+PULL: Machine[PullRequest] = (
+    Machine("pull", PullRequest, version=1)
+    .start("resolve", resolve, result=Resolved, retry=NETWORK)
+    .to("layers", pull_layers, result=Layers, retry=Policy(attempts=1, retry_on=classify))
+    .to("activate", activate_pulled, result=Activated, retry=ROOT)
+    .finalise(release_layers)
+    .end("ready")
+)
+
+# ---------------------------------------------------------------- activations and removal
+
+
+class ActivateRequest(Model):
+    """One more device of an image that is here."""
+
+    ref: str
+    endpoint: str
+    layer: protocol.Digest
+    name: str
+    mode: Literal["ro", "rw"]
+    size: int = 0
+
+
+class NameRequest(Model):
+    """An activation to end."""
+
+    name: str
+
+
+class RemoveRequest(Model):
+    """An image to forget, and its layers that nothing else needs."""
+
+    ref: str
+    endpoint: str
+
+
+class CollectRequest(Model):
+    """Remove whatever nothing needs."""
+
+
+class Removed(Model):
+    """Layers that root has removed."""
+
+    layers: list[protocol.Digest]
+
+
+async def activate_image(run: Run[ActivateRequest]) -> Activated:
+    """Give out a device."""
+    asked = run.request
+    return await _activate(run, asked.ref, asked.endpoint, asked.layer, asked.name, asked.mode, asked.size)
+
+
+async def deactivate_name(run: Run[NameRequest]) -> None:
+    """Take a device back; one that root does not know is forgotten all the same."""
+    app, name = _app(run), run.request.name
+    known = await app.read(store.activation, name) is not None
+    async with app.helper() as root:
+        try:
+            await root.deactivate(name)
+        except ImgpullError as error:
+            if error.problem.code != "no-such-activation" or not known:
+                raise
+    run.on_commit(lambda db: store.forget_activation(db, name))
+
+
+async def forget(run: Run[RemoveRequest]) -> None:
+    """Make the image invisible; refused while a device of it is given out."""
+    app, asked = _app(run), run.request
+    image = await app.read(store.image_by_ref, asked.ref, asked.endpoint)
+    if image is None:
+        return
+    given = await app.read(store.activations, image.id)
+    live = [a.name for a in given if a.is_live()]
+    if live:
+        raise ImgpullError(
+            "busy",
+            f"{asked.ref} is in use",
+            f"activated as {', '.join(live)}",
+            f"`imgpull deactivate {live[0]}` first",
+            retry=False,
+        )
+    stale = [a.name for a in given]
+    if stale:
+        async with app.helper() as root:
+            for name in stale:
+                await _deactivate_stale(root, name)
+
+    def write(db: Any) -> None:
+        for name in stale:
+            store.forget_activation(db, name)
+        store.forget_image(db, image.id)
+
+    run.on_commit(write)
+
+
+async def _deactivate_stale(root: Helper, name: str) -> None:
+    """End an activation that a reboot has left on root's books only."""
+    try:
+        await root.deactivate(name)
+    except ImgpullError as error:
+        if error.problem.code != "no-such-activation":
+            raise
+
+
+async def remove_layers(run: Run[Any]) -> Removed:
+    """Have root remove every layer that no image stands on, the highest first; what others use stays."""
+    app = _app(run)
+    removed: list[str] = []
+    unused = await removable(app)
+    if unused:
+        async with app.helper() as root:
+            for layer in unused:
+                if await _remove_unused(root, layer):
+                    removed.append(layer)
+    for layer in removed:
+        app.paths.manifest(layer).unlink(missing_ok=True)
+        app.report.notice(f"removed layer {escape(layer)[:19]}", layer=layer)
+
+    def write(db: Any) -> None:
+        for layer in removed:
+            store.forget_layer(db, layer)
+
+    run.on_commit(write)
+    return Removed(layers=removed)
+
+
+async def removable(app: App) -> list[str]:
+    """Return the layers that neither an image nor a pull at work stands on, each before its parent."""
+    unused = await app.read(store.unused_layers)
+    if not unused:
+        return []
+    needed: set[str] = set()
+    for active in await app.read(lambda _: app.engine.lookup.runs("pull", active_only=True)):
+        results = await app.read(lambda _, run=active: app.engine.lookup.results(run))  # type: ignore[misc]
+        if "resolve" not in results:
+            return []  # it may be about to need any of them
+        asked = PullRequest.model_validate_json(active.request)
+        keys = chain_keys(Resolved.model_validate_json(results["resolve"]), app.limits, list(asked.expect))
+        found = [await app.read(store.chained, key) for key in keys]
+        needed.update(f[0] for f in found if f)
+    return [layer for layer in unused if layer not in needed]
+
+
+async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]]:
+    """Remove blobs beyond the cache's size, least recently used first. Returns: digest and bytes of each.
+
+    A blob that a pull at work has fetched is younger than the pull, so it is the last to go.
+    """
+    blobs = await app.read(store.blobs_by_age)
+    total = sum(count for _, count in blobs)
+    chosen = []
+    for digest, count in blobs:
+        if total <= app.settings.cache_size:
+            break
+        total -= count
+        chosen.append((digest, count))
+    if not dry_run and chosen:
+        for digest, _ in chosen:
+            app.paths.blob(digest).unlink(missing_ok=True)
+        async with app.engine.transaction() as db:
+            for digest, _ in chosen:
+                store.forget_blob(db, digest)
+    return chosen
+
+
+async def _remove_unused(root: Helper, layer: str) -> bool:
+    """Remove one layer. Returns: whether it is gone; False where another user's images or devices need it."""
+    try:
+        await root.remove(layer)
+    except ImgpullError as error:
+        if error.problem.code in ("busy", "not-permitted"):
+            return False
+        raise
+    return True
+
+
+ACTIVATE: Machine[ActivateRequest] = (
+    Machine("activate", ActivateRequest, version=1)
+    .start("activate", activate_image, result=Activated, retry=ROOT)
+    .end("active")
+)
+DEACTIVATE: Machine[NameRequest] = (
+    Machine("deactivate", NameRequest, version=1).start("deactivate", deactivate_name, retry=ROOT).end("inactive")
+)
+REMOVE: Machine[RemoveRequest] = (
+    Machine("remove", RemoveRequest, version=1)
+    .start("forget", forget, retry=ROOT)
+    .to("layers", remove_layers, result=Removed, retry=ROOT)
+    .end("removed")
+)
+COLLECT: Machine[CollectRequest] = (
+    Machine("collect", CollectRequest, version=1)
+    .start("layers", remove_layers, result=Removed, retry=ROOT)
+    .end("clean")
+)
+MACHINES = (PULL, LAYER, ACTIVATE, DEACTIVATE, REMOVE, COLLECT)
+
+
+def _app(run: Run[Any]) -> App:
+    app = run.app
+    assert isinstance(app, App)
+    return app

@@ -1,0 +1,404 @@
+"""The commands that do something: each opens the state, starts or joins runs, waits, and says how they ended.
+
+Rule 1: one way in: `_engine` opens the app and the engine, and turns the library's errors into Problems.
+Rule 2: the first Ctrl-C or SIGTERM lets the step at work finish and keeps everything; the second stops now.
+Rule 3: only runs that the command is about are resumed here; `imgpull resume` takes up all.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+import trio
+
+from broker import helper, protocol, store, worker
+from broker import pull as machines
+from broker.app import App, check_deadline_s, endpoint_of, running
+from broker.console import Reporter, size
+from broker.errors import ImgpullError
+from broker.helper import LayerAbsentError
+from broker.machine import (
+    BusyStateError,
+    DamagedStateError,
+    Engine,
+    ForeignStateError,
+    Lookup,
+    Machine,
+    Outcome,
+    RunRecord,
+    StateError,
+    StoppedError,
+    UnknownRunError,
+    open_engine,
+    open_lookup,
+)
+from broker.reference import Reference, media_of
+from broker.settings import Settings
+from broker.store import Image, Paths
+
+T = TypeVar("T")
+GRACE_S: Final = 3600.0  # a step at work is waited for; the second signal cuts it
+CHANGED_RETRIES: Final = 3  # pulls of an object that changes while it is fetched
+
+
+@contextmanager
+def _translated() -> Generator[None, None, None]:
+    """Turn the state machine's errors into the user's."""
+    try:
+        yield
+    except (DamagedStateError, ForeignStateError) as error:
+        raise ImgpullError("state-damaged", "the state database cannot be used", str(error)) from error
+    except BusyStateError as error:
+        raise ImgpullError("busy", "the state database is locked", str(error)) from error
+    except StoppedError as error:
+        raise ImgpullError("interrupted", "stopped on request", "what is done is kept") from error
+    except UnknownRunError as error:
+        raise ImgpullError("no-such-run", str(error)) from error
+    except StateError as error:
+        raise ImgpullError("io-error", "the state database failed", str(error)) from error
+
+
+def _run(work: Callable[[], Awaitable[T]]) -> T:
+    """Run the asynchronous part of a command."""
+    with _translated():
+        return trio.run(work, strict_exception_groups=False)
+
+
+@asynccontextmanager
+async def _engine(
+    settings: Settings, report: Reporter, resume: Literal["all", "related"] = "related"
+) -> AsyncGenerator[tuple[App, Engine], None]:
+    """Open the app and the engine, and heed signals, for as long as the block lasts."""
+    try:
+        async with (
+            running(settings, report) as app,
+            open_engine(
+                str(app.paths.database),
+                machines=machines.MACHINES,
+                migrations=store.MIGRATIONS,
+                app=app,
+                resume=resume,
+                grace_s=GRACE_S,
+            ) as engine,
+        ):
+            app.engine = engine
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_heed_signals, engine, report)
+                yield app, engine
+                nursery.cancel_scope.cancel()
+    finally:
+        report.close()
+
+
+async def _heed_signals(engine: Engine, report: Reporter) -> None:
+    """Stop gently at the first signal, at once at the second."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            async for number in signals:
+                if engine.draining:
+                    report.close()
+                    os._exit(128 + number)  # every lock, mount and device in work dies or is taken up with the process
+                report.notice("stopping after the step at work; once more to stop now. Run the same command to go on.")
+                nursery.start_soon(partial(engine.shutdown, grace_s=GRACE_S))
+
+
+async def _do(engine: Engine, machine: Machine[Any], key: str, request: Any) -> Outcome:
+    """Start a run, or join the one at work, and wait for its end.
+
+    Raises: ImgpullError with what the run ended with.
+    """
+    started = await engine.start(machine, key, request)
+    outcome = await engine.wait(started.id)
+    if not outcome.ok:
+        raise ImgpullError.of(machines.problem_of(outcome))
+    return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """How a pull ended."""
+
+    top: str
+    device: str | None
+    summary: dict[str, Any]
+
+
+def pull(
+    settings: Settings,
+    report: Reporter,
+    reference: Reference,
+    name: str | None,
+    size_bytes: int,
+    expect: list[str],
+    refresh: bool,
+) -> Pulled:
+    """Pull one image; an object that changes while it is fetched is resolved anew."""
+    request = machines.PullRequest(
+        ref=str(reference), endpoint=endpoint_of(settings), name=name, size=size_bytes, expect=expect
+    )
+    for attempt in range(1, CHANGED_RETRIES + 1):
+        try:
+            return _run(partial(_pull, settings, report, request, refresh))
+        except ImgpullError as error:
+            if error.problem.details.get("fetch_code") != "changed" or attempt == CHANGED_RETRIES:
+                raise
+            report.notice(f"{error.problem.what}: resolving {reference} again")
+    raise AssertionError("unreachable")
+
+
+async def _pull(settings: Settings, report: Reporter, request: machines.PullRequest, refresh: bool) -> Pulled:
+    async with _engine(settings, report) as (app, engine):
+        before = await app.read(store.image_by_ref, request.ref, request.endpoint.endpoint_url or "")
+        old = await app.read(store.image_layers, before.id) if before else []
+        key = f"{request.endpoint.endpoint_url or ''} {request.ref}"
+        outcome = await _do(engine, machines.PULL, key, request)
+        if request.name is None:
+            device = None
+        elif "activate" in outcome.results:
+            device = outcome.result("activate", machines.Activated).device
+        else:  # a pull that was at work already had been asked for no activation
+            after = await app.read(store.image_by_ref, request.ref, request.endpoint.endpoint_url or "")
+            assert after is not None
+            device = (await _activate(engine, after, request.name, request.mode, request.size)).device
+        layers = outcome.result("layers", machines.Layers)
+        resolved = outcome.result("resolve", machines.Resolved)
+        changed = [s.number for s, o in zip(resolved.layers, old, strict=False) if s.pin.etag != o["etag"]]
+        if refresh and before is not None:
+            changed += range(min(len(old), len(resolved.layers)) + 1, max(len(old), len(resolved.layers)) + 1)
+            report.notice(f"changed upstream: layers {', '.join(map(str, changed))}" if changed else "nothing changed")
+        summary = {
+            "layers": len(layers.layers),
+            "reused": layers.reused,
+            "transferred_bytes": layers.transferred,
+            "changed_layers": changed,
+            "text": f"{len(layers.layers)} layers, {layers.reused} of them there already,"
+            f" {size(layers.transferred)} fetched",
+        }
+        return Pulled(layers.layers[-1], device, summary)
+
+
+async def _activate(engine: Engine, image: Image, name: str, mode: Any, size_bytes: int) -> machines.Activated:
+    request = machines.ActivateRequest(
+        ref=image.ref, endpoint=image.endpoint, layer=image.top, name=name, mode=mode, size=size_bytes
+    )
+    outcome = await _do(engine, machines.ACTIVATE, name, request)
+    return outcome.result("activate", machines.Activated)
+
+
+def activate(settings: Settings, image: Image, name: str, mode: str, size_bytes: int) -> machines.Activated:
+    """Give out one more device of an image."""
+
+    async def work() -> machines.Activated:
+        async with _engine(settings, Reporter()) as (_, engine):
+            return await _activate(engine, image, name, mode, size_bytes)
+
+    return _run(work)
+
+
+def deactivate(settings: Settings, name: str) -> None:
+    """Take a device back."""
+
+    async def work() -> None:
+        async with _engine(settings, Reporter()) as (_, engine):
+            await _do(engine, machines.DEACTIVATE, name, machines.NameRequest(name=name))
+
+    _run(work)
+
+
+def remove(settings: Settings, image: Image) -> list[str]:
+    """Remove an image. Returns: the layers that root has removed."""
+
+    async def work() -> list[str]:
+        async with _engine(settings, Reporter()) as (_, engine):
+            request = machines.RemoveRequest(ref=image.ref, endpoint=image.endpoint)
+            outcome = await _do(engine, machines.REMOVE, f"{image.endpoint} {image.ref}", request)
+            return list(outcome.result("layers", machines.Removed).layers)
+
+    return _run(work)
+
+
+def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:
+    """Remove layers and cached blobs that nothing needs. Returns: their names, and the bytes of the blobs."""
+
+    async def work() -> dict[str, Any]:
+        async with _engine(settings, Reporter()) as (app, engine):
+            if dry_run:
+                layers = await machines.removable(app)
+            else:
+                outcome = await _do(engine, machines.COLLECT, "layers", machines.CollectRequest())
+                layers = list(outcome.result("layers", machines.Removed).layers)
+            blobs = await machines.trim_cache(app, dry_run=dry_run)
+            return {"layers": layers, "blobs": [b for b, _ in blobs], "bytes": sum(n for _, n in blobs)}
+
+    return _run(work)
+
+
+def verify(settings: Settings, images: list[Image]) -> list[dict[str, Any]]:
+    """Have root compare the layers of images with their manifests. Returns: one finding a layer."""
+
+    async def work() -> list[dict[str, Any]]:
+        findings: list[dict[str, Any]] = []
+        connection = store.open_readonly(Paths.of(settings).database)
+        if connection is None:
+            return findings
+        try:
+            layers = {layer: None for i in images for layer in store.chain_of(connection, i.top)}
+        finally:
+            connection.close()
+        for layer in layers:
+            async with helper.connect(settings.helper_socket) as root:
+                try:
+                    files, count = await root.verify(layer)
+                    findings.append({"layer": layer, "ok": True, "files": files, "bytes": count})
+                except LayerAbsentError:
+                    findings.append({"layer": layer, "ok": False, "reason": "root does not hold this layer"})
+                except ImgpullError as error:
+                    if error.problem.code not in ("digest-mismatch", "io-error"):
+                        raise
+                    findings.append({"layer": layer, "ok": False, "reason": error.problem.what})
+        return findings
+
+    return _run(work)
+
+
+def inventory(settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the helper's greeting, its layers and the caller's activations."""
+
+    async def work() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        async with helper.connect(settings.helper_socket) as root:
+            return root.greeting, *await root.inventory()
+
+    return _run(work)
+
+
+def fetcher_ready(settings: Settings) -> protocol.Ready:
+    """Start a fetcher and return its greeting: which sandbox holds and whose credentials it found."""
+
+    async def work() -> protocol.Ready:
+        async with running(settings, Reporter()) as app:
+            session = await app.fetcher(endpoint_of(settings))
+            return await session.greeting()
+
+    return _run(work)
+
+
+# ---------------------------------------------------------------- checking files
+
+
+def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[protocol.Accepted]:
+    """Check files as the layers of one image; the merged tree goes to standard output if it is asked for.
+
+    Raises: ImgpullError `archive-rejected` for the first layer that is refused.
+    """
+
+    async def work() -> list[protocol.Accepted]:
+        accepted: list[protocol.Accepted] = []
+        with ExitStack() as stack:
+            lower: list[int] = []
+            for number, name in enumerate(files, 1):
+                manifest = os.memfd_create("imgpull-manifest", os.MFD_CLOEXEC)
+                stack.callback(os.close, manifest)
+                tree = None
+                if with_tree and number == len(files):
+                    tree = os.memfd_create("imgpull-tree", os.MFD_CLOEXEC)
+                    stack.callback(os.close, tree)
+                accepted.append(await _check_file(name, number, lower, manifest, tree, all_violations))
+                lower.append(manifest)
+                if tree is not None:
+                    _print_file(tree)
+        return accepted
+
+    return _run(work)
+
+
+async def _check_file(
+    name: str, number: int, lower: list[int], manifest: int, tree: int | None, all_violations: bool
+) -> protocol.Accepted:
+    media = media_of(name)
+    assert media is not None
+    with ExitStack() as stack:
+        try:
+            blob = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImgpullError("io-error", f"{name}: {error.strerror}") from error
+        stack.callback(os.close, blob)
+        payload = None
+        if media != "tar":
+            # The checker reads the uncompressed tar twice, so it needs a place; without a name it leaves no trace.
+            payload = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, payload)
+        job = protocol.CheckJob(
+            media=media,
+            layer_number=number,
+            lower=lower,
+            manifest_fd=manifest,
+            payload_fd=payload,
+            tree_fd=tree,
+            all_violations=all_violations,
+        )
+        inherited = [*lower, manifest, *(fd for fd in (payload, tree) if fd is not None)]
+        verdict = await worker.check(job, blob, inherited, deadline_s=check_deadline_s())
+    if isinstance(verdict, protocol.Rejected):
+        raise machines.rejected(name, verdict)
+    return verdict
+
+
+def _print_file(descriptor: int) -> None:
+    done = 0
+    sys.stdout.flush()
+    while chunk := os.pread(descriptor, 1 << 20, done):
+        sys.stdout.buffer.write(chunk)
+        done += len(chunk)
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- runs
+
+
+@contextmanager
+def looking(settings: Settings) -> Generator[Lookup | None, None, None]:
+    """Give the runs for reading, None where there are none yet."""
+    with _translated(), open_lookup(str(Paths.of(settings).database), migrations=store.MIGRATIONS) as lookup:
+        yield lookup
+
+
+def run_record(lookup: Lookup, word: str) -> RunRecord:
+    """Return the run with this id, or the only one that begins so."""
+    found = [r for r in lookup.runs(limit=10_000) if r.id.startswith(word.upper())]
+    if len(found) != 1:
+        many = f"{len(found)} runs begin so" if found else "no such run here"
+        raise ImgpullError("no-such-run", f"{word}: {many}")
+    return found[0]
+
+
+def resume(settings: Settings, report: Reporter, run_id: str | None) -> list[dict[str, Any]]:
+    """Go on with interrupted runs. Returns: how each ended."""
+
+    async def work() -> list[dict[str, Any]]:
+        async with _engine(settings, report) as (_, engine):
+            word = run_record(engine.lookup, run_id).id if run_id else None
+            ended = []
+            for taken in await engine.resume(word):
+                outcome = await engine.wait(taken)
+                ended.append({"run": taken, "state": outcome.kind, "reason": outcome.reason})
+            return ended
+
+    return _run(work)
+
+
+def cancel(settings: Settings, run_id: str) -> str:
+    """Cancel a run. Returns: how it ended."""
+
+    async def work() -> str:
+        async with _engine(settings, Reporter()) as (_, engine):
+            record = run_record(engine.lookup, run_id)
+            await engine.cancel(record.id, cause="cancelled by the user")
+            return (await engine.wait(record.id)).kind
+
+    return _run(work)
