@@ -1,0 +1,1 @@
+"""Servers that the tests and the demo start on loopback and take down again."""
