@@ -156,9 +156,9 @@ class TtyReporter(Reporter):
 
         self._text = Text
         self._console = Console(file=stream, highlight=False, soft_wrap=False)
-        self._live = Live(console=self._console, refresh_per_second=8, transient=False, get_renderable=self._render)
         self._title = ""
         self._started = False
+        self._live = Live(console=self._console, refresh_per_second=8, transient=False, get_renderable=self._render)
 
     def on_begin(self, title: str) -> None:
         self._title = escape(title)

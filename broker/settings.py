@@ -157,7 +157,7 @@ def _convert(row: Row, untrusted: Any, where: str) -> Any:
         if row.type is bool:
             value: Any = untrusted if isinstance(untrusted, bool) else _boolean(untrusted)
         elif row.type is int:
-            value = untrusted if type(untrusted) is int else parse_size(untrusted)
+            value = untrusted if type(untrusted) is int else parse_size(str(untrusted))
         elif isinstance(untrusted, str):
             value = untrusted
         else:

@@ -1,0 +1,124 @@
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import console
+from broker.console import Column, JsonReporter, PlainReporter, TtyReporter, escape, size, table
+from broker.errors import CATALOGUE, ImgpullError, Problem
+
+
+@given(st.text(st.characters(codec=None, categories=None)))
+def test_no_escaped_text_can_command_a_terminal(text: str) -> None:
+    shown = escape(text)
+    assert shown.isprintable()
+    shown.encode("utf-8")
+
+
+def test_attack_by_terminal_escape_in_a_file_name_is_shown_not_obeyed() -> None:
+    assert escape("\x1b]0;pwned\x07\x1b[2J\n") == "\\x1b]0;pwned\\x07\\x1b[2J\\n"
+    assert escape(b"\xff".decode("utf-8", "surrogateescape")) == "\\xff"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (143_595_520, "143.6 MB"), (10**13, "10.0 TB")]
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+ROWS = [{"name": "b", "bytes": 5}, {"name": "a", "bytes": 1_000_000}]
+COLUMNS = [Column("name", lambda r: r["name"]), Column("bytes", lambda r: r["bytes"], size, right=True)]
+
+
+def test_table_for_people() -> None:
+    assert table(ROWS, COLUMNS) == "NAME   BYTES\nb        5 B\na     1.0 MB"
+
+
+def test_table_for_scripts() -> None:
+    assert table(ROWS, COLUMNS, exact=True, no_header=True, sort="-bytes") == "a\t1000000\nb\t5"
+    assert table(ROWS, COLUMNS, chosen="bytes", exact=True) == "bytes\n5\n1000000"
+    assert json.loads(table(ROWS, COLUMNS, sort="name", as_json=True))[0] == {"name": "a", "bytes": 1_000_000}
+
+
+def test_unknown_column_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="no column 'x': there are name, bytes"):
+        table(ROWS, COLUMNS, chosen="x")
+
+
+def play(reporter: console.Reporter) -> None:
+    reporter.begin("s3://bucket/img", [("k1", "img/1.tar", 1000), ("k2", "img/2.tar", 2000)])
+    reporter.stage("k1", "shared")
+    reporter.stage("k2", "fetching", 0, 2000)
+    reporter.stage("k2", "fetching", 500, 2000)
+    reporter.stage("k2", "checking", 0)
+    reporter.stage("k2", "ready")
+    reporter.notice("a \x1b notice")
+    reporter.close()
+
+
+def test_plain_progress_has_one_line_a_change() -> None:
+    out = io.StringIO()
+    play(PlainReporter(out))
+    assert out.getvalue().splitlines() == [
+        "s3://bucket/img: 2 layers",
+        "img/1.tar: shared",
+        "img/2.tar: fetching, 2.0 kB",
+        "img/2.tar: checking",
+        "img/2.tar: ready",
+        "a \\x1b notice",
+    ]
+
+
+def test_json_progress_is_one_object_a_line() -> None:
+    out = io.StringIO()
+    play(JsonReporter(out))
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [e["type"] for e in events[:3]] == ["begin", "stage", "stage"]
+    assert all(e["v"] == 1 for e in events)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_bars_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    reporter = TtyReporter(out)
+    reporter._console._force_terminal = True
+    reporter.begin("s3://bucket/" + "x" * 300, [("k", "a-very-long-folder-name/1.tar", 10**9)])
+    reporter.stage("k", "fetching", 5 * 10**8, 10**9)
+    for row in reporter._render().renderables:
+        assert len(row.plain) < columns
+    reporter.close()
+
+
+def test_problem_is_three_lines_or_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = ImgpullError("no-room", "pool full", "needs 5 GB, has 1 GB", figures={"need": 5}).problem
+    console.print_problem(problem, as_json=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "imgpull: pool full"
+    assert lines[1].startswith("  why:  needs 5 GB")
+    assert lines[2].startswith("  next: remove images")
+    console.print_problem(problem, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["type"], found["code"], found["exit"], found["details"]) == (
+        "error",
+        "no-room",
+        73,
+        {"figures": {"need": 5}},
+    )
+
+
+def test_every_code_has_a_sysexits_code_and_advice() -> None:
+    for code, kind in CATALOGUE.items():
+        assert kind.exit_code in {2, 65, 66, 69, 70, 73, 74, 75, 76, 77, 78}, code
+        assert kind.title.endswith(".") and kind.advice
+
+
+def test_problem_survives_the_database() -> None:
+    problem = Problem("archive-rejected", "x", "y", "z", {"violations": [{"rule": "r"}]})
+    assert Problem.load(problem.dump()) == problem
+    assert Problem.load("garbage").code == "bug"
+    assert Problem.load('{"code": "nonsense", "what": "x"}').code == "bug"
