@@ -54,11 +54,12 @@ def unpack(layers: Sequence[Path], folder: Path) -> None:
     """Unpack ``layers``, lowest first, into ``folder``, which must not exist; needs root."""
     folder.mkdir(mode=0o755)
     for layer in layers:
-        _apply_whiteouts(_names(layer), folder)
+        members = _members(layer)
+        _apply_whiteouts([name for _, name in members], folder)
+        _clear_the_way([name for kind, name in members if kind != "d"], folder)
         _tar(
             "--extract", f"--file={layer}", f"--directory={folder}", "--preserve-permissions", "--same-owner",
-            "--numeric-owner", "--xattrs", "--xattrs-include=*", "--delay-directory-restore", "--recursive-unlink",
-            f"--exclude={WHITEOUT}*",
+            "--numeric-owner", "--xattrs", "--xattrs-include=*", "--delay-directory-restore", f"--exclude={WHITEOUT}*",
         )  # fmt: skip
 
 
@@ -102,10 +103,12 @@ def differences(expected: Tree, found: Tree) -> list[str]:
     return lines
 
 
-def _names(layer: Path) -> list[str]:
-    """Return the member names of a tarball, without ``./``; a name with a newline is not for this reader."""
-    listed = _tar("--list", f"--file={layer}", "--quoting-style=literal", "--show-stored-names")
-    return [str(PurePosixPath(name)) for name in os.fsdecode(listed).splitlines()]
+def _members(layer: Path) -> list[tuple[str, str]]:
+    """Return the kind (``d`` for a directory) and name of each member; names with a newline are not for this reader."""
+    options = (f"--file={layer}", "--quoting-style=literal", "--show-stored-names")
+    names = os.fsdecode(_tar("--list", *options)).splitlines()
+    kinds = [line[0] for line in os.fsdecode(_tar("--list", "--verbose", *options)).splitlines()]
+    return [(kind, str(PurePosixPath(name))) for kind, name in zip(kinds, names, strict=True)]
 
 
 def _apply_whiteouts(names: Sequence[str], folder: Path) -> None:
@@ -116,6 +119,13 @@ def _apply_whiteouts(names: Sequence[str], folder: Path) -> None:
                 _remove(child)
         elif last.startswith(WHITEOUT) and last != OPAQUE:
             _remove(parent / last.removeprefix(WHITEOUT))
+
+
+def _clear_the_way(names: Sequence[str], folder: Path) -> None:
+    """Remove each directory that the layer replaces by something else; GNU tar would only do it if it is empty."""
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:

@@ -73,6 +73,15 @@ def test_replacement_across_kinds(tmp_path: Path) -> None:
     assert kinds == {".": "dir", "d": "file", "f": "dir", "f/child": "file", "s": "dir"}
 
 
+def test_a_directory_that_is_declared_again_keeps_what_it_holds(tmp_path: Path) -> None:
+    lower = write_layer(tmp_path / "1.tar", folder("a"), ("a/one", b"1"))
+    upper = write_layer(tmp_path / "2.tar", folder("a", 0o700), ("a/two", b"2"))
+    unpack([lower, upper], tmp_path / "tree")
+    tree = read_tree(tmp_path / "tree")
+    assert set(tree) == {".", "a", "a/one", "a/two"}
+    assert tree["a"].mode == "700"
+
+
 def test_compressed_layers_are_read(tmp_path: Path) -> None:
     layer = write_layer(tmp_path / "1.tar", ("x", b"content"))
     subprocess.run(["zstd", "-q", str(layer)], check=True)
