@@ -24,10 +24,10 @@ committed *exactly* once.
 """
 
 from broker.machine.definition import Machine, Policy
-from broker.machine.engine import After, Engine, Started, open_engine
+from broker.machine.engine import Engine
 from broker.machine.hooks import Hooks
+from broker.machine.opening import open_engine
 from broker.machine.records import EventRecord, Lookup, Outcome, RunFailedError, RunRecord, open_lookup
-from broker.machine.runner import Run
 from broker.machine.signals import (
     Abort,
     BusyStateError,
@@ -43,6 +43,8 @@ from broker.machine.signals import (
     UnknownRunError,
     UsageError,
 )
+from broker.machine.starting import After, Started
+from broker.machine.view import Run
 
 __all__ = [
     "Abort",

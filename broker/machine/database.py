@@ -15,7 +15,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 from urllib.parse import quote
 
 import trio
@@ -123,21 +123,66 @@ def create(path: str) -> None:
         raise StateError(f"{path} cannot be made: {error.strerror}") from error
 
 
+async def patiently(call: Callable[[], T], patience_s: float) -> T:
+    """Make a call again and again while another process keeps the file locked. Raises: BusyStateError in the end."""
+    pause_s = _FIRST_PAUSE_S
+    give_up = trio.current_time() + patience_s
+    while True:
+        try:
+            return call()
+        except BusyStateError:
+            if trio.current_time() >= give_up:
+                raise
+        await trio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
 class Database:
     """The two connections of a process and its transactions."""
 
-    def __init__(self, path: str, *, point: Callable[[str], None], patience_s: float = 30.0) -> None:
-        """Open `path`, which must exist; `patience_s` bounds the wait for another process's lock."""
+    def __init__(
+        self,
+        path: str,
+        reader: sqlite3.Connection,
+        writer: sqlite3.Connection,
+        point: Callable[[str], None],
+        patience_s: float,
+    ) -> None:
         self.path = path
-        self.reader = connect(path, query_only=True)
-        try:
-            self._writer = connect(path, query_only=False)
-        except BaseException:
-            self.reader.close()
-            raise
+        self.reader = reader
+        self._writer = writer
         self._turn = trio.Lock()
         self._point = point
         self._patience_s = patience_s
+
+    @classmethod
+    async def open(
+        cls,
+        path: str,
+        migrations: Sequence[str],
+        application_id: int,
+        *,
+        point: Callable[[str], None],
+        patience_s: float = 30.0,
+    ) -> Self:
+        """Open a state file, making it if there is none, and bring it to this version's schema.
+
+        `point` is told of each commit, see `Hooks`; `patience_s` bounds each wait for another process's lock.
+
+        Raises: ForeignStateError, DamagedStateError, BusyStateError, StateError.
+        """
+        create(path)
+        reader = await patiently(lambda: connect(path, query_only=True), patience_s)
+        writer = reader
+        try:
+            writer = await patiently(lambda: connect(path, query_only=False), patience_s)
+            database = cls(path, reader, writer, point, patience_s)
+            await database.migrate(migrations, application_id)
+        except BaseException:
+            writer.close()
+            reader.close()
+            raise
+        return database
 
     def close(self) -> None:
         """Close both connections."""
@@ -177,16 +222,7 @@ class Database:
         return value
 
     async def _patiently(self, call: Callable[[], T]) -> T:
-        pause_s = _FIRST_PAUSE_S
-        give_up = trio.current_time() + self._patience_s
-        while True:
-            try:
-                return self._translated(call)
-            except BusyStateError:
-                if trio.current_time() >= give_up:
-                    raise
-                await trio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return await patiently(lambda: self._translated(call), self._patience_s)
 
     def _translated(self, call: Callable[[], T]) -> T:
         with translated(self.path):

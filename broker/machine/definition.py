@@ -20,7 +20,7 @@ from broker.machine.signals import TRANSIENT, DefinitionError, RetryOn
 
 if TYPE_CHECKING:
     from broker.machine.records import Outcome
-    from broker.machine.runner import Run
+    from broker.machine.view import Run
 
 Request = TypeVar("Request", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)

@@ -8,22 +8,19 @@ Rule 4: a stop is not an outcome.
 
 import logging
 import random
-import secrets
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Literal, TypeVar
 
 import trio
 from pydantic import BaseModel
 
 from broker.machine import ledger
-from broker.machine.database import APPLICATION_ID, Database, create
+from broker.machine.database import Database
 from broker.machine.definition import Machine
 from broker.machine.hooks import Hooks, no_event
-from broker.machine.ledger import Entry, NewRun
+from broker.machine.ledger import Entry
 from broker.machine.ownership import Ownership
 from broker.machine.queues import Queue
 from broker.machine.records import EventRecord, Lookup, Outcome, RunRecord
@@ -35,31 +32,15 @@ from broker.machine.signals import (
     StoppedError,
     UsageError,
 )
+from broker.machine.starting import After, Plan, Started, as_after, insert_or_join
 
 T = TypeVar("T")
 
 log: Final = logging.getLogger("machine")
 
 Resume = Literal["all", "related", "none"]
-_ULID_ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # https://github.com/ulid/spec, "Encoding"
+POINTS: Final = tuple(f"{name}:{side}" for name in ("migrate", "quarantine", "prune") for side in ("before", "after"))
 _LONGEST_SLEEP_S: Final = 60.0  # then the clock is read again, so that a clock that is set is noticed
-
-
-@dataclass(frozen=True, slots=True)
-class After:
-    """Start only when this run has ended: with success, or however it ended."""
-
-    run_id: str
-    policy: Literal["success", "any"] = "success"
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """What `start` gives. `new` is False when the run was there; its request may then differ from the one given."""
-
-    id: str
-    new: bool
-    same_request: bool
 
 
 class Engine:
@@ -88,9 +69,9 @@ class Engine:
         self._mode: Resume = resume
         self._poll_s = poll_s
         self._active: dict[int, Active] = {}
-        self._mine: set[int] = set()  # runs this process was asked for, and what they need
+        self._needed: set[int] = set()  # runs this process was asked for, and what they need
         self._stopped: set[int] = set()  # runs that stopped here and are left for a later start
-        self._idle = trio.Event()
+        self._left = trio.Event()
 
     @property
     def db(self) -> sqlite3.Connection:
@@ -118,37 +99,50 @@ class Engine:
         """Start a run, or give the active run of this machine and key, whoever started it.
 
         It is durable when this returns. `after` names runs that must have ended first (a plain id: with success);
-        `not_before` is in seconds since the epoch.
+        `not_before` is in seconds since the epoch; `queue` is held from the first step to the last.
 
         Raises: UsageError, UnknownRunError (parent or `after`), StoppedError, StateError, ValueError for a request that
             does not survive being stored.
         """
-        if self.machines.get(machine.name) is not machine:
-            raise UsageError(f"machine {machine.name} is not one of this engine's")
-        if type(request) is not machine.request:
-            raise UsageError(f"{machine.name} takes {machine.request.__name__}, got {type(request).__name__}")
-        if queue is not None and queue not in self.queues:
-            raise UsageError(f"there is no queue {queue!r}, only {sorted(self.queues)}")
-        if queue is not None and any(step.queue == queue for step in machine.steps):
-            raise UsageError(f"a step of {machine.name} uses the queue {queue!r}: it would wait for its own run")
-        plan = _Plan(machine, key, encode(request), queue, parent, tuple(after or ()), not_before, trace)
+        self._check_start(machine, key, request, queue)
+        plan = Plan(machine, key, encode(request), queue, parent, tuple(after or ()), not_before, trace)
         while True:
             if self.draining:
                 raise StoppedError("the engine is stopping and starts nothing")
             run, new = await self._start_once(plan)
-            if run.cancel_cause is None or not run.active:
+            if new or run.cancel_cause is None or not run.active:
                 break
-            await self.await_run(run.id, mine=True)  # one that is being cancelled is waited out and started anew
-        self._mine.add(run.seq)
+            await self.await_run(run.id, needed=True)  # one that is being cancelled is waited out, then started anew
         if not new and run.active:
+            self._needed.add(run.seq)
             await self._adopt(run.seq)
         return Started(run.id, new, run.request == plan.request)
 
-    async def _start_once(self, plan: "_Plan") -> tuple[RunRecord, bool]:
+    def _check_start(self, machine: Machine[Any], key: str, request: BaseModel, queue: str | None) -> None:
+        if self.machines.get(machine.name) is not machine:
+            raise UsageError(f"machine {machine.name} is not one of this engine's")
+        if type(request) is not machine.request:
+            raise UsageError(f"{machine.name} takes {machine.request.__name__}, got {type(request).__name__}")
+        if not key:
+            raise UsageError(f"a run of {machine.name} needs a key")
+        if queue is None:
+            return
+        if queue not in self.queues:
+            raise UsageError(f"there is no queue {queue!r}, only {sorted(self.queues)}")
+        # A run that holds one queue and waits for another could wait in a circle: so a queue is for steps or for runs.
+        if any(step.queue == queue for other in self.machines.values() for step in other.steps):
+            raise UsageError(f"the queue {queue!r} is for steps, not for whole runs")
+
+    async def _start_once(self, plan: Plan) -> tuple[RunRecord, bool]:
         taken: list[int] = []
 
         def write(entry: Entry) -> tuple[RunRecord, bool]:
-            return self._insert(entry, plan, taken)
+            run, new = insert_or_join(entry, plan)
+            # Before the commit, so that no other process can find the run without an owner.
+            if new and not self._ownership.take(run.seq):
+                raise StateError(f"the lock of the new run number {run.seq} is held: was the state file put back?")
+            taken.extend([run.seq] if new else [])
+            return run, new
 
         try:
             run, new = await self.commit(f"{plan.machine.name}:start", write)
@@ -157,48 +151,13 @@ class Engine:
                 self._ownership.give(seq)
             raise
         if new:
-            self._spawn(plan.machine, run)
+            self._spawn(plan.machine, run, [(a.run_id, a.policy) for a in map(as_after, plan.after)])
         return run, new
 
-    def _insert(self, entry: Entry, plan: "_Plan", taken: list[int]) -> tuple[RunRecord, bool]:
-        lookup = Lookup(entry.db, self.database.path)
-        machine = plan.machine
-        parent = None if plan.parent is None else lookup.run(plan.parent)
-        after = [(lookup.run(a.run_id).seq, a.policy) for a in map(_after, plan.after)]
-        found = lookup.active(machine.name, plan.key)
-        if found is None and parent is not None:
-            found = ledger.done_child(entry, parent.seq, machine.name, plan.key, plan.request)
-        if found is not None:
-            return _join(entry, found, parent), False
-        new = NewRun(
-            id=new_ulid(entry.now_ms),
-            machine=machine.name,
-            version=machine.version,
-            definition=machine.digest,
-            steps=(*machine.step_names, machine.end_name or ""),
-            key=plan.key,
-            request=plan.request,
-            queue=plan.queue,
-            trace=plan.trace,
-            wanted=parent is None,
-            not_before_ms=None if plan.not_before is None else int(plan.not_before * 1000),
-            after=after,
-        )
-        seq = ledger.insert(entry, new)
-        if parent is not None:
-            ledger.link(entry, parent.seq, seq)
-        # Before the commit, so that no other process can find the run without an owner.
-        if not self._ownership.take(seq):
-            raise StateError(f"the lock of run {seq}, which is new, is held: was the state file put back?")
-        taken.append(seq)
-        run = entry.get(seq)
-        assert run is not None
-        return run, True
-
-    def _spawn(self, machine: Machine[Any], run: RunRecord) -> Active:
-        active = Active(self, machine, run)
+    def _spawn(self, machine: Machine[Any], run: RunRecord, after: list[tuple[str, str]]) -> Active:
+        active = Active(self, machine, run, after)
         self._active[run.seq] = active
-        self._mine.add(run.seq)
+        self._needed.add(run.seq)
         self._nursery.start_soon(active.work, name=f"{run.machine} {run.key}")
         return active
 
@@ -208,80 +167,84 @@ class Engine:
         if active.row.outcome is None:
             self._stopped.add(seq)
         del self._active[seq]
-        self._mine.discard(seq)
+        self._needed.discard(seq)
         self._ownership.give(seq)
-        if not self._active:
-            self._idle.set()
+        self._left.set()
+        self._left = trio.Event()
 
     # -- resuming
 
     async def resume(self, run_id: str | None = None) -> list[str]:
-        """Take over every active run that no living process owns, oldest first, or only this one; give their ids."""
+        """Take over every active run that no living process owns, oldest first, or only this one; give their ids.
+
+        Raises: UnknownRunError, StateError.
+        """
         if run_id is None:
             seqs = await self.database.read(lambda _: self.lookup.active_seqs())
         else:
             seqs = [(await self.database.read(lambda _: self.lookup.run(run_id))).seq]
             self._stopped.difference_update(seqs)
-        taken = [active.row.id for seq in seqs if (active := await self._adopt(seq)) is not None]
-        return taken
+        taken = [active for seq in seqs if (active := await self._adopt(seq)) is not None]
+        return [active.row.id for active in taken]
 
     async def _adopt(self, seq: int) -> Active | None:
-        """Become the owner of a run if nobody is; None if somebody is, or it has ended or is quarantined."""
+        """Give the run at work here, becoming its owner if nobody is; None if another is, or it has ended."""
         if self.draining or seq in self._stopped or not self._ownership.take(seq):
             return self._active.get(seq)
         active = None
         try:
-            machine = await self._recognise(seq)
-            if machine is not None:
-                run = await self.commit(f"{machine.name}:resume", lambda entry: _resumed(entry, seq, machine))
-                active = self._spawn(machine, run)
+            found = await self._recognise(seq)
+            if found is not None:
+                machine, after = found
+                run = await self.commit(f"{machine.name}:resume", lambda entry: _resumed(entry, seq))
+                active = self._spawn(machine, run, after)
         finally:
             if active is None:
                 self._ownership.give(seq)
-        await self._adopt_children(seq)
+        if active is not None:
+            for child in await self.database.read(lambda _: self.lookup.active_children(seq)):
+                self._needed.add(child)
+                await self._adopt(child)
         return active
 
-    async def _adopt_children(self, seq: int) -> None:
-        children = await self.database.read(lambda _: self.lookup.active_children(seq))
-        for child in children:
-            self._mine.add(child)
-            await self._adopt(child)
+    async def _recognise(self, seq: int) -> tuple[Machine[Any], list[tuple[str, str]]] | None:
+        """Give machine and predecessors of an active run; None if it has ended or has just been quarantined."""
 
-    async def _recognise(self, seq: int) -> Machine[Any] | None:
-        """Give the machine of an active run, checked; None if the run has ended or has just been quarantined."""
+        def read(_: sqlite3.Connection) -> tuple[Machine[Any], list[tuple[str, str]]] | None:
+            run = self.lookup.row(seq)
+            return (self._check_run(run), self.lookup.predecessors(run)) if run.active else None
+
         try:
-            run = await self.database.read(lambda _: self.lookup.row(seq))
-            if not run.active:
-                return None
-            return self._check_definition(run)
-        except (UsageError, ValueError, DamagedStateError) as error:
-            await self._quarantine(seq, str(error))
+            return await self.database.read(read)
+        except (UsageError, ValueError, LookupError, DamagedStateError) as error:
+            reason = str(error)
+        log.error("run number %d is quarantined: %s", seq, reason)
+        try:
+            await self.commit("quarantine", lambda entry: ledger.quarantine(entry, seq, reason))
+        except sqlite3.IntegrityError as error:
+            log.error("run number %d is damaged so that it cannot even be quarantined: %s", seq, error)
+            self._stopped.add(seq)
         return None
 
-    def _check_definition(self, run: RunRecord) -> Machine[Any]:
+    def _check_run(self, run: RunRecord) -> Machine[Any]:
+        """Give the machine of a run. Raises: UsageError, ValueError, LookupError, DamagedStateError if it is not its."""
         machine = self.machines.get(run.machine)
         if machine is None:
             raise UsageError(f"this program has no machine {run.machine!r}, only {sorted(self.machines)}")
         if (run.version, run.definition) != (machine.version, machine.digest):
             raise UsageError(
                 f"{run.machine} is defined otherwise than when this run was started:"
-                f" version {run.version} with {', '.join(run.steps)};"
+                f" then version {run.version} with {', '.join(run.steps)};"
                 f" now version {machine.version} with {', '.join(machine.step_names)}, {machine.end_name}"
             )
         if run.queue is not None and run.queue not in self.queues:
             raise UsageError(f"there is no queue {run.queue!r}, only {sorted(self.queues)}")
         machine.request.model_validate_json(run.request)
+        results = self.lookup.results(run)
         for step in machine.steps[: run.cursor]:
             if step.result is not None:
-                step.result.model_validate_json(self.lookup.results(run)[step.name])
+                step.result.model_validate_json(results[step.name])
         return machine
-
-    async def _quarantine(self, seq: int, reason: str) -> None:
-        log.error("run %d is quarantined: %s", seq, reason)
-        try:
-            await self.commit("quarantine", lambda entry: ledger.quarantine(entry, seq, reason))
-        except sqlite3.IntegrityError as error:
-            log.error("run %d is damaged so that it cannot even be quarantined: %s", seq, error)
 
     # -- waiting
 
@@ -294,12 +257,15 @@ class Engine:
         Raises: UnknownRunError; StoppedError when this engine stops first; StateError when the run stopped on the state
             file.
         """
-        outcome = await self.await_run(run_id, mine=self._mode != "none")
-        while follow and outcome.successor is not None:
-            outcome = await self.await_run(outcome.successor, mine=self._mode != "none")
+        needed = self._mode != "none"
+        outcome = await self.await_run(run_id, needed=needed)
+        seen = {run_id}
+        while follow and outcome.successor is not None and outcome.successor not in seen:
+            seen.add(outcome.successor)
+            outcome = await self.await_run(outcome.successor, needed=needed)
         return outcome
 
-    async def await_run(self, run_id: str, *, mine: bool, waiter: Active | None = None) -> Outcome:
+    async def await_run(self, run_id: str, *, needed: bool, waiter: Active | None = None) -> Outcome:
         """Wait for a run; `waiter` is a run at work that waits and must stop with the engine."""
         while True:
             outcome = await self.database.read(lambda _: self.lookup.ended(run_id))
@@ -308,7 +274,7 @@ class Engine:
                 return outcome
             seq = (await self.database.read(lambda _: self.lookup.run(run_id))).seq
             active = self._active.get(seq)
-            if active is None and (mine or seq in self._mine):
+            if active is None and (needed or seq in self._needed):
                 active = await self._adopt(seq)
             if active is not None:
                 await active.finished.wait()
@@ -330,7 +296,7 @@ class Engine:
     # -- ending
 
     async def cancel(self, run_id: str, *, cause: str) -> bool:
-        """Ask for the end of a run and of the children that only it wants; False if it has ended already.
+        """Ask for the end of a run and of the children that only it wants; False if its end is decided already.
 
         The wish and its cause are durable when this returns; `wait` gives the outcome. A run whose last step completes
         first is done all the same.
@@ -338,19 +304,17 @@ class Engine:
         Raises: UnknownRunError, StateError.
         """
         run = await self.database.read(lambda _: self.lookup.run(run_id))
-
-        def write(entry: Entry) -> list[int]:
-            now = entry.get(run.seq)
-            assert now is not None
-            return ledger.request_cancel(entry, now, cause)
-
-        if not run.active:
+        if not run.active or run.ending is not None:
             return False
-        asked = await self.commit(f"{run.machine}:cancel", write)
-        for seq in asked:
-            self._tell_cancelled(seq)
-            await self._adopt(seq)  # without an owner nobody else would end it
-        return bool(asked) or run.cancel_cause is not None
+        if run.cancel_cause is None:
+            asked = await self.commit(
+                f"{run.machine}:cancel", lambda entry: ledger.request_cancel(entry, entry.get(run.seq), cause)
+            )
+            for seq in asked:
+                await self._adopt(seq)  # without an owner nobody else would end it
+        else:
+            await self._adopt(run.seq)
+        return (await self.database.read(lambda _: self.lookup.run(run_id))).cancel_cause is not None
 
     def _tell_cancelled(self, seq: int) -> None:
         active = self._active.get(seq)
@@ -375,7 +339,7 @@ class Engine:
         """Stop: finish the steps that are at work within `grace_s`, then cut them; leave the runs to be resumed."""
         self.draining = True
         for active in list(self._active.values()):
-            if active.idle:
+            if active.resting:
                 active.scope.cancel()
         with trio.move_on_after(grace_s):
             await self._all_left()
@@ -386,41 +350,49 @@ class Engine:
 
     async def _all_left(self) -> None:
         while self._active:
-            self._idle = trio.Event()
-            await self._idle.wait()
+            await self._left.wait()
 
     # -- the state file
 
-    def transaction(self, name: str = "program") -> AbstractAsyncContextManager[sqlite3.Connection]:
-        """Give a transaction for the program's own writes outside of runs; the block must not await."""
-        return self.database.transaction(name)
-
     async def commit(self, name: str, work: Callable[[Entry], T]) -> T:
-        """Run `work` in one transaction named for its crash points, then tell the hooks what was appended."""
+        """Run `work` in one transaction named for its crash points; then tell who has to know."""
         entries: list[Entry] = []
+        told: list[tuple[RunRecord, EventRecord]] = []
 
         def write(db: sqlite3.Connection) -> T:
-            entries.append(Entry(db, self.now_ms()))
-            return work(entries[-1])
+            entry = Entry(db, self.now_ms())
+            entries.append(entry)
+            value = work(entry)
+            if self.hooks.event is not no_event:
+                told.extend(_told(entry))
+            return value
 
         value = await self.database.transact(name, write)
-        if self.hooks.event is not no_event:
-            for run, event in entries[-1].events:
-                self._tell_hook(run, event)
+        for seq in entries[-1].cancelled:
+            self._tell_cancelled(seq)
+        for run, event in told:
+            try:
+                self.hooks.event(run, event)
+            except Exception:
+                log.exception("a hook failed")
         return value
 
-    def _tell_hook(self, run: int, event: int) -> None:
-        try:
-            record = self.lookup.row(run)
-            for found in self.lookup.events(record, after=event - 1):
-                if found.seq == event:
-                    self.hooks.event(record, found)
-        except Exception:
-            log.exception("a hook failed")
+    def transaction(self, name: str = "program") -> AbstractAsyncContextManager[sqlite3.Connection]:
+        """Give a transaction for the program's own writes outside of runs; the block must not await.
 
-    def runs(self, machine: str | None = None, key: str | None = None, **options: Any) -> list[RunRecord]:
-        """Give runs, newest first. See `Lookup.runs`."""
-        return self.lookup.runs(machine, key, **options)
+        `name` names its two crash points.
+        """
+        return self.database.transaction(name)
+
+    async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a reading function on `db`, and again while another process keeps the file locked."""
+        return await self.database.read(query)
+
+    def runs(
+        self, machine: str | None = None, key: str | None = None, *, active_only: bool = False, limit: int = 100
+    ) -> list[RunRecord]:
+        """Give runs, newest first. More is in `lookup`."""
+        return self.lookup.runs(machine, key, active_only=active_only, limit=limit)
 
     def events(self, run_id: str) -> list[EventRecord]:
         """Give a run's log, oldest first. Raises: UnknownRunError."""
@@ -432,38 +404,17 @@ class Engine:
         return await self.commit("prune", lambda entry: ledger.prune(entry, before_ms, limit))
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    machine: Machine[Any]
-    key: str
-    request: str
-    queue: str | None
-    parent: str | None
-    after: tuple[After | str, ...]
-    not_before: float | None
-    trace: str | None
+def _told(entry: Entry) -> Iterator[tuple[RunRecord, EventRecord]]:
+    for seq, event in entry.events:
+        try:
+            yield entry.get(seq), event
+        except DamagedStateError as error:
+            log.error("no hook hears of %s: %s", event.type, error)
 
 
-def _after(after: After | str) -> After:
-    return After(after) if isinstance(after, str) else after
-
-
-def _join(entry: Entry, run: RunRecord, parent: RunRecord | None) -> RunRecord:
-    if parent is None:
-        ledger.want(entry, run)
-    elif ledger.is_ancestor(entry, run.seq, parent.seq):
-        raise UsageError(f"run {parent.id} cannot start {run.machine} {run.key}: it is itself a part of it")
-    else:
-        ledger.link(entry, parent.seq, run.seq)
-    now = entry.get(run.seq)
-    assert now is not None
-    return now
-
-
-def _resumed(entry: Entry, seq: int, machine: Machine[Any]) -> RunRecord:
+def _resumed(entry: Entry, seq: int) -> RunRecord:
     run = entry.get(seq)
-    assert run is not None
-    return run if not run.active else ledger.resume(entry, run)
+    return ledger.resume(entry, run) if run.active else run
 
 
 def _by_name(machines: Sequence[Machine[Any]], queues: Mapping[str, int]) -> dict[str, Machine[Any]]:
@@ -478,64 +429,3 @@ def _by_name(machines: Sequence[Machine[Any]], queues: Mapping[str, int]) -> dic
                 raise DefinitionError(f"{machine.name}.{step.name}: there is no queue {step.queue!r}")
         named[machine.name] = machine
     return named
-
-
-def new_ulid(now_ms: int) -> str:
-    """Make a run's id: 48 bits of time, for people, and 80 of chance. It says nothing about order."""
-    number = (now_ms & (1 << 48) - 1) << 80 | secrets.randbits(80)
-    return "".join(_ULID_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-@asynccontextmanager
-async def open_engine(
-    path: str,
-    *,
-    machines: Sequence[Machine[Any]],
-    app: Any = None,
-    queues: Mapping[str, int] | None = None,
-    migrations: Sequence[str] = (),
-    hooks: Hooks | None = None,
-    resume: Resume = "all",
-    grace_s: float = 10.0,
-    clock: Callable[[], float] = time.time,
-    rng: random.Random | None = None,
-    poll_s: float = 0.1,
-    patience_s: float = 30.0,
-    application_id: int = APPLICATION_ID,
-) -> AsyncIterator[Engine]:
-    """Open the state file, resume what dead processes left, and give the engine; stop it at the end of the block.
-
-    `resume`: "all" takes over every run without an owner, in order, before this returns; "related" only what this
-    process starts or waits for; "none" only what it starts. The children and predecessors of a run go with it.
-
-    When the block ends, steps at work are given `grace_s` to finish; when it raises, they are cut at once. An error of
-    the block comes out as it is, not in a group.
-
-    Raises: DefinitionError, StateError and its kinds.
-    """
-    hooks = hooks or Hooks()
-    create(path)
-    database = Database(path, point=hooks.point, patience_s=patience_s)
-    failure: BaseException | None = None
-    try:
-        await database.migrate(migrations, application_id)
-        with Ownership(f"{path}-owners") as ownership:
-            async with trio.open_nursery() as nursery:
-                engine = Engine(
-                    database, ownership, nursery, machines, queues or {}, app, hooks, clock,
-                    rng or random.Random(), resume, poll_s,  # noqa: S311  jitter needs no secrecy
-                )  # fmt: skip
-                nursery.start_soon(engine.watch)
-                try:
-                    if resume == "all":
-                        await engine.resume()
-                    yield engine
-                except BaseException as error:
-                    failure = error
-                with trio.CancelScope(shield=True):
-                    await engine.shutdown(grace_s=grace_s if failure is None else 0)
-                nursery.cancel_scope.cancel()
-    finally:
-        database.close()
-    if failure is not None:
-        raise failure

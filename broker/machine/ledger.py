@@ -3,6 +3,7 @@
 Rule 1: a run moves only from where its writer believed it to be: each update names cursor and attempt, and changes one
     row or raises. Whoever works with an old picture is stopped and not obeyed.
 Rule 2: each movement appends its event in the same transaction.
+Rule 3: each row of a run carries a digest of itself, so that a damaged one is noticed and not worked from.
 """
 
 # ruff: noqa: S608  statements are put together from COLUMNS and this module's own column names only
@@ -11,20 +12,22 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import JsonValue
 
-from broker.machine.records import COLUMNS, Ending, RunRecord, to_record
+from broker.machine.records import COLUMNS, SEALED, Ending, EventRecord, RunRecord, seal, to_record
 from broker.machine.signals import StateError
 
 
 @dataclass(slots=True)
 class Entry:
-    """A transaction's own view: the connection, the time, and the events it has appended."""
+    """A transaction's own view: the connection, the time, and what has to be told when it is committed."""
 
     db: sqlite3.Connection
     now_ms: int
-    events: list[tuple[int, int]] = field(default_factory=list)  # (run, event) numbers, for the hooks
+    events: list[tuple[int, EventRecord]] = field(default_factory=list)  # with the run's number
+    cancelled: list[int] = field(default_factory=list)  # runs that are asked to end
 
     def append(
         self,
@@ -41,26 +44,37 @@ class Entry:
             (run, type_, step, attempt, json.dumps(payload or {}), self.now_ms),
         )
         assert cursor.lastrowid is not None
-        self.events.append((run, cursor.lastrowid))
+        self.events.append((run, EventRecord(cursor.lastrowid, type_, step, attempt, payload or {}, self.now_ms)))
 
-    def get(self, seq: int) -> RunRecord | None:
-        """Read a run as this transaction sees it."""
+    def raw(self, seq: int) -> dict[str, Any] | None:
+        """Read a run's columns, unchecked."""
         row = self.db.execute(f"SELECT {COLUMNS} FROM run WHERE seq = ?", (seq,)).fetchone()
-        return None if row is None else to_record(row)
+        return None if row is None else dict(zip(RunRecord.__slots__, row, strict=True))
+
+    def get(self, seq: int) -> RunRecord:
+        """Read a run as this transaction sees it. Raises: StateError, DamagedStateError."""
+        row = self.db.execute(f"SELECT {COLUMNS} FROM run WHERE seq = ?", (seq,)).fetchone()
+        if row is None:
+            raise StateError(f"run number {seq} is gone")
+        return to_record(row)
 
     def move(self, run: RunRecord, **values: str | int | None) -> RunRecord:
         """Change a run that is still where `run` says. Raises: StateError when it is not."""
-        values["updated_ms"] = self.now_ms
-        assignments = ", ".join(f"{name} = ?" for name in values)  # names are this module's own
-        changed = self.db.execute(
-            f"UPDATE run SET {assignments} WHERE seq = ? AND cursor = ? AND attempt = ? AND outcome IS NULL",
-            (*values.values(), run.seq, run.cursor, run.attempt),
-        )
-        if changed.rowcount != 1:
+        now = self.get(run.seq)
+        if (now.cursor, now.attempt, now.outcome) != (run.cursor, run.attempt, None):
             raise StateError(f"run {run.id} is not at {run.step}, attempt {run.attempt}: someone else moved it")
-        moved = self.get(run.seq)
-        assert moved is not None
-        return moved
+        self.put(run.seq, values)
+        return self.get(run.seq)
+
+    def put(self, seq: int, values: Mapping[str, str | int | None]) -> None:
+        """Change columns of an active run and seal it anew."""
+        raw = self.raw(seq)
+        assert raw is not None
+        raw |= {**values, "updated_ms": self.now_ms}
+        raw["seal"] = seal(raw[name] for name in SEALED)
+        changes = {name: raw[name] for name in (*values, "updated_ms", "seal")}
+        assignments = ", ".join(f"{name} = ?" for name in changes)
+        self.db.execute(f"UPDATE run SET {assignments} WHERE seq = ?", (*changes.values(), seq))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +95,11 @@ class NewRun:
     after: Sequence[tuple[int, str]]
 
 
-def insert(entry: Entry, new: NewRun) -> int:
-    """Make a run and give its sequence number."""
+def insert(entry: Entry, new: NewRun) -> RunRecord:
+    """Make a run."""
     cursor = entry.db.execute(
         "INSERT INTO run (id, machine, version, definition, steps, key, request, queue, trace, wanted, not_before_ms,"
-        " created_ms, updated_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " created_ms, updated_ms, seal) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '')",
         (
             *(new.id, new.machine, new.version, new.definition, json.dumps(list(new.steps)), new.key, new.request),
             *(new.queue, new.trace, int(new.wanted), new.not_before_ms, entry.now_ms, entry.now_ms),
@@ -93,11 +107,12 @@ def insert(entry: Entry, new: NewRun) -> int:
     )
     seq = cursor.lastrowid
     assert seq is not None
+    entry.put(seq, {})
     entry.db.executemany(
         "INSERT INTO run_after (run, predecessor, policy) VALUES (?, ?, ?)", [(seq, *pair) for pair in new.after]
     )
     entry.append(seq, "start", {"key": new.key, "version": new.version})
-    return seq
+    return entry.get(seq)
 
 
 def link(entry: Entry, parent: int, child: int) -> None:
@@ -105,10 +120,9 @@ def link(entry: Entry, parent: int, child: int) -> None:
     entry.db.execute("INSERT OR IGNORE INTO run_child (parent, child) VALUES (?, ?)", (parent, child))
 
 
-def want(entry: Entry, run: RunRecord) -> None:
-    """Note that a run is wanted for its own sake, so that no parent's cancellation takes it along."""
-    if not run.wanted:
-        entry.move(run, wanted=1)
+def want(entry: Entry, run: RunRecord) -> RunRecord:
+    """Note that a run is wanted for its own sake, so that no parent's end takes it along."""
+    return run if run.wanted else entry.move(run, wanted=1)
 
 
 def is_ancestor(entry: Entry, run: int, of: int) -> bool:
@@ -149,7 +163,10 @@ def complete(
 ) -> RunRecord:
     """Move a run over the step it is at; the last step brings the ending, `final` the outcome as well."""
     if result is not None:
-        entry.db.execute("INSERT INTO run_result (run, step, value) VALUES (?, ?, ?)", (run.seq, run.step, result))
+        entry.db.execute(
+            "INSERT INTO run_result (run, step, value, seal) VALUES (?, ?, ?, ?)",
+            (run.seq, run.step, result, seal((run.seq, run.step, result))),
+        )
     entry.append(run.seq, "complete", {"duration_ms": duration_ms}, step=run.step, attempt=run.attempt)
     moved = entry.move(
         run,
@@ -188,22 +205,26 @@ def decide(entry: Entry, run: RunRecord, ending: Ending, duration_ms: int, *, fi
 
 
 def finish(entry: Entry, run: RunRecord, ending: Ending | None = None) -> RunRecord:
-    """Write the outcome: the ending given, or the one that was decided before."""
+    """Write the outcome: the ending given, or the one that was decided before.
+
+    A run that is aborted takes the children along that nobody else wants.
+    """
     ending = ending or run.ending
     assert ending is not None
     payload: dict[str, JsonValue] = {"outcome": ending.kind, "error_kind": ending.error_kind, "reason": ending.reason}
     entry.append(run.seq, "finish", payload, step=ending.step)
-    return entry.move(run, ending=ending.encode(), outcome=ending.kind)
+    ended = entry.move(run, ending=ending.encode(), outcome=ending.kind)
+    if ending.kind in ("aborted", "cancelled"):
+        for child in _unwanted_children(entry, run.seq):
+            request_cancel(entry, child, f"{run.machine} {run.key}, which needed it, was {ending.kind}")
+    return ended
 
 
 def quarantine(entry: Entry, seq: int, reason: str) -> None:
     """End a run that cannot be understood; nothing of its row is trusted but its number."""
     ending = Ending("quarantined", error_kind="quarantined", reason=reason)
     entry.append(seq, "finish", {"outcome": "quarantined", "error_kind": "quarantined", "reason": reason})
-    entry.db.execute(
-        "UPDATE run SET ending = ?, outcome = 'quarantined', updated_ms = ? WHERE seq = ? AND outcome IS NULL",
-        (ending.encode(), entry.now_ms, seq),
-    )
+    entry.put(seq, {"ending": ending.encode(), "outcome": "quarantined"})
 
 
 def request_cancel(entry: Entry, run: RunRecord, cause: str) -> list[int]:
@@ -215,12 +236,13 @@ def request_cancel(entry: Entry, run: RunRecord, cause: str) -> list[int]:
     waiting = [run]
     while waiting:
         next_run = waiting.pop(0)
-        if not next_run.active or next_run.cancel_cause is not None:
+        if not next_run.active or next_run.cancel_cause is not None or next_run.ending is not None:
             continue
         entry.move(next_run, cancel_cause=cause)
         entry.append(next_run.seq, "cancel", {"cause": cause}, step=next_run.step, attempt=next_run.attempt)
         asked.append(next_run.seq)
         waiting += _unwanted_children(entry, next_run.seq)
+    entry.cancelled += asked
     return asked
 
 
@@ -242,7 +264,8 @@ def prune(entry: Entry, before_ms: int, limit: int) -> int:
     """
     seqs = entry.db.execute(
         "SELECT seq FROM run WHERE outcome IS NOT NULL AND updated_ms < ?"
-        " AND NOT EXISTS (SELECT 1 FROM run_after a WHERE a.predecessor = run.seq)"
+        " AND NOT EXISTS (SELECT 1 FROM run_after a JOIN run r ON r.seq = a.run"
+        " WHERE a.predecessor = run.seq AND r.outcome IS NULL)"
         " AND NOT EXISTS (SELECT 1 FROM run_child c JOIN run p ON p.seq = c.parent"
         " WHERE c.child = run.seq AND p.outcome IS NULL) ORDER BY updated_ms LIMIT ?",
         (before_ms, limit),

@@ -5,9 +5,11 @@ Rule 2: a row is turned into a frozen record in one place; what cannot be turned
 Rule 3: every query is served by an index (a test asks SQLite for the plan of each).
 """
 
+import hashlib
 import json
+import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
@@ -19,6 +21,8 @@ from broker.machine.schema import SCHEMA
 from broker.machine.signals import DamagedStateError, MachineError, UnknownRunError
 
 M = TypeVar("M", bound=BaseModel)
+
+log: Final = logging.getLogger("machine")
 
 Kind = Literal["done", "aborted", "cancelled", "handed_off", "quarantined"]
 KINDS: Final[tuple[Kind, ...]] = ("done", "aborted", "cancelled", "handed_off", "quarantined")
@@ -130,6 +134,7 @@ class RunRecord:
     outcome: Kind | None
     created_ms: int
     updated_ms: int
+    seal: str
 
     @property
     def active(self) -> bool:
@@ -155,11 +160,19 @@ class EventRecord:
 
 
 COLUMNS: Final = ", ".join(RunRecord.__slots__)
+SEALED: Final = RunRecord.__slots__[:-1]
+
+
+def seal(values: Iterable[object]) -> str:
+    """Give the digest that a row carries of itself. It finds damage, not malice: whoever can write can seal."""
+    return hashlib.blake2b(json.dumps(list(values)).encode(), digest_size=16).hexdigest()
 
 
 def to_record(row: Sequence[Any]) -> RunRecord:
     """Turn a row of COLUMNS into a record. Raises: DamagedStateError."""
     fields = dict(zip(RunRecord.__slots__, row, strict=True))
+    if fields["seal"] != seal(row[:-1]):
+        raise DamagedStateError(f"run {fields['id']} does not match its own digest")
     try:
         steps = json.loads(fields["steps"])
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
@@ -188,7 +201,7 @@ QUERIES: Final[dict[str, str]] = {
     "active_runs": f"SELECT {COLUMNS} FROM run WHERE seq < ? AND outcome IS NULL ORDER BY seq DESC LIMIT ?",
     "key_runs": f"SELECT {COLUMNS} FROM run WHERE machine = ? AND key = ? AND seq < ? ORDER BY seq DESC LIMIT ?",
     "machine_runs": f"SELECT {COLUMNS} FROM run WHERE machine = ? AND seq < ? ORDER BY seq DESC LIMIT ?",
-    "results": "SELECT step, value FROM run_result WHERE run = ?",
+    "results": "SELECT step, value, seal FROM run_result WHERE run = ?",
     "events": "SELECT seq, type, step, attempt, payload, at_ms FROM event WHERE run = ? AND seq > ? ORDER BY seq",
     "children": f"SELECT {COLUMNS} FROM run WHERE seq IN (SELECT child FROM run_child WHERE parent = ?) ORDER BY seq",
     "active_children": "SELECT c.child FROM run_child c JOIN run r ON r.seq = c.child"
@@ -242,17 +255,17 @@ class Lookup:
         limit: int = 100,
         before: int = 1 << 62,
     ) -> list[RunRecord]:
-        """Give runs, newest first; `before` is the sequence number to go on from."""
+        """Give runs, newest first; `before` is the sequence number to go on from. Damaged ones are left out, logged."""
         if key is not None and machine is None:
             raise ValueError("a key belongs to a machine")
         if active_only:
-            found = map(to_record, self._all("active_runs", before, -1))
+            found = _readable(self._all("active_runs", before, -1))
             return [r for r in found if machine in (None, r.machine) and key in (None, r.key)][:limit]
         if machine is None:
-            return [to_record(row) for row in self._all("all_runs", before, limit)]
+            return list(_readable(self._all("all_runs", before, limit)))
         if key is None:
-            return [to_record(row) for row in self._all("machine_runs", machine, before, limit)]
-        return [to_record(row) for row in self._all("key_runs", machine, key, before, limit)]
+            return list(_readable(self._all("machine_runs", machine, before, limit)))
+        return list(_readable(self._all("key_runs", machine, key, before, limit)))
 
     def active_seqs(self) -> list[int]:
         """Give the sequence numbers of all active runs, oldest first."""
@@ -280,7 +293,12 @@ class Lookup:
 
     def results(self, run: RunRecord) -> dict[str, str]:
         """Give the JSON of each completed step that has a result."""
-        return dict(self._all("results", run.seq))
+        found = {}
+        for step, value, digest in self._all("results", run.seq):
+            if digest != seal((run.seq, step, value)):
+                raise DamagedStateError(f"the result of {step} of run {run.id} does not match its own digest")
+            found[step] = value
+        return found
 
     def events(self, run: RunRecord, after: int = 0) -> list[EventRecord]:
         """Give the log of a run, oldest first; `after` is the event's number to go on from."""
@@ -298,6 +316,14 @@ class Lookup:
     def ended(self, run_id: str) -> Outcome | None:
         """Give how the run with this id ended, None while it is active. Raises: UnknownRunError."""
         return self.outcome(self.run(run_id))
+
+
+def _readable(rows: Iterable[Sequence[Any]]) -> Iterator[RunRecord]:
+    for row in rows:
+        try:
+            yield to_record(row)
+        except DamagedStateError as error:
+            log.error("%s", error)
 
 
 def to_outcome(run: RunRecord, results: Mapping[str, str], ending: Ending | None = None) -> Outcome:

@@ -1,25 +1,23 @@
 """One run at work: wait for its turn, attempt its steps, end it.
 
-Rule 1: the state file is the truth. What a step is given is decoded from it anew at each attempt, and after each commit
-    the row is read back.
+Rule 1: the state file is the truth. After each commit the row is read back, and nothing else is remembered.
 Rule 2: a step's result, the program's own writes and the move of the cursor are one transaction.
 Rule 3: trio's Cancelled is never caught. Whether it meant a cancelled run or a shutdown is asked afterwards, of the
-    state file first.
+    state file.
 Rule 4: a commit that fails stops the run where it is; nothing is guessed about it.
 """
 
 import logging
-import sqlite3
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel
 
 from broker.machine import ledger
-from broker.machine.definition import Call, Machine, Request, Step
+from broker.machine.definition import Call, Interceptor, Machine, Step
 from broker.machine.ledger import Entry
 from broker.machine.queues import Ticket
 from broker.machine.records import Ending, Outcome, RunRecord, to_outcome
@@ -34,108 +32,43 @@ from broker.machine.signals import (
     UsageError,
     judge,
 )
+from broker.machine.view import Run
 
 if TYPE_CHECKING:
-    from broker.machine.engine import After, Engine
-
-M = TypeVar("M", bound=BaseModel)
-R = TypeVar("R")
+    from broker.machine.engine import Engine
 
 log: Final = logging.getLogger("machine")
-
-
-class Run(Generic[Request]):
-    """What a step sees of its run, for one attempt."""
-
-    def __init__(self, active: "Active", request: Request, results: Mapping[str, str]) -> None:
-        self._active = active
-        self._results = results
-        self._writes: list[Callable[[sqlite3.Connection], object]] = []
-        self._events: list[tuple[str, Mapping[str, JsonValue]]] = []
-        self.request = request
-        self.id = active.row.id
-        self.key = active.row.key
-        self.step = active.row.step
-        self.attempt = active.row.attempt
-        self.trace = active.row.trace
-        self.app: Any = active.engine.app
-
-    def result(self, step: str, model: type[M]) -> M:
-        """Give the result of a completed step. Raises: LookupError."""
-        return model.model_validate_json(self._results[step])
-
-    @property
-    def results(self) -> Mapping[str, str]:
-        """Give the JSON of each completed step's result."""
-        return self._results
-
-    def resource(self, model: type[R]) -> R:
-        """Give what an initialiser of the machine yielded, by its type. Raises: LookupError."""
-        for value in self._active.resources:
-            if isinstance(value, model):
-                return value
-        raise LookupError(f"no initialiser yielded a {model.__name__}")
-
-    def on_commit(self, write: Callable[[sqlite3.Connection], object]) -> None:
-        """Make this write in the transaction that records the end of the step, if it ends with success.
-
-        Done and Handoff count as success; after Abort, Retry or an error the writes are forgotten.
-        """
-        self._writes.append(write)
-
-    def log(self, type: str, payload: Mapping[str, JsonValue] | None = None) -> None:
-        """Append an event to the run's log, with the commit that records this attempt, however it goes."""
-        self._events.append((f"user.{type}", dict(payload or {})))
-
-    async def start_child(
-        self,
-        machine: Machine[Any],
-        key: str,
-        request: BaseModel,
-        *,
-        queue: str | None = None,
-        after: "list[After | str] | None" = None,
-        not_before: float | None = None,
-    ) -> str:
-        """Start a run below this one and give its id.
-
-        The active run of the same machine and key is joined, whoever started it; a child of this run that has already
-        done the same request is given again, so that a repeated step does not repeat its children.
-        """
-        started = await self._active.engine.start(
-            machine, key, request, queue=queue, after=after, not_before=not_before, parent=self.id
-        )
-        return started.id
-
-    async def wait(self, run_id: str) -> Outcome:
-        """Wait for another run. The places in queues that this run holds are lent out meanwhile."""
-        return await self._active.wait_for(run_id)
+_TRACEBACK_CHARS: Final = 8000  # of a programming error, kept in the log of the run
 
 
 class Active:
     """An active run that this process owns."""
 
-    def __init__(self, engine: "Engine", machine: Machine[Any], row: RunRecord) -> None:
+    def __init__(self, engine: "Engine", machine: Machine[Any], row: RunRecord, after: list[tuple[str, str]]) -> None:
         self.engine = engine
         self.machine = machine
         self.row = row
-        self.scope = trio.CancelScope()
+        # Shielded: when the program is cancelled, the engine hears of it first and stops its runs in order.
+        self.scope = trio.CancelScope(shield=True)
         self.finished = trio.Event()
         self.failure: BaseException | None = None
         self.resources: list[object] = []
-        self.idle = 0
+        self.resting = 0
+        self._after = after
         self._places: list[tuple[str, Ticket]] = []
         self._lent = 0
-        if self._ready() and row.queue is not None:
+        if row.queue is not None and row.not_before_ms is None and not after and not self._ends:
             self._enlist(row.queue)  # at once, so that the order in the queue is the order of the runs
 
-    # -- life
+    @property
+    def _ends(self) -> bool:
+        return self.row.ending is not None or self.row.cancel_cause is not None
 
     async def work(self) -> None:
         """Bring the run to its end, or leave it in good order when the engine stops."""
         try:
             with self.scope:
-                if self.row.ending is None and self.row.cancel_cause is None:
+                if not self._ends:
                     await self._admit()
                     await self._live()
             await self._close()
@@ -148,14 +81,14 @@ class Active:
             self.engine.forget(self)
             self.finished.set()
 
-    def _ready(self) -> bool:
-        row = self.row
-        return row.not_before_ms is None and not self.engine.lookup.predecessors(row)
+    # -- before the first step
 
     async def _admit(self) -> None:
-        with self._resting():
-            for run_id, policy in await self.engine.database.read(lambda _: self.engine.lookup.predecessors(self.row)):
-                outcome = await self.engine.await_run(run_id, mine=True)
+        with self._rest():
+            for run_id, policy in self._after:
+                outcome = await self.engine.await_run(run_id, needed=True, waiter=self)
+                while outcome.successor is not None:
+                    outcome = await self.engine.await_run(outcome.successor, needed=True, waiter=self)
                 if policy == "success" and not outcome.ok:
                     reason = f"run {run_id}, which had to succeed first, was {outcome.sentence}"
                     return await self._decide(Ending("aborted", "predecessor", reason, step=self.row.step), 0)
@@ -165,6 +98,8 @@ class Active:
                 if not self._places:
                     self._enlist(self.row.queue)
                 await self._places[0][1].granted.wait()
+
+    # -- the steps
 
     async def _live(self) -> None:
         while self.row.ending is None:
@@ -177,49 +112,53 @@ class Active:
                 raise
             except (Exception, BaseExceptionGroup) as error:
                 # An initialiser failed, or what it watches over; the step the run is at bears it.
-                await self._failed(error, self._make_run(), began)
+                await self._bear(error, began)
             finally:
                 self.resources.clear()
 
     async def _initialise(self, stack: AsyncExitStack) -> None:
+        await self._boundary()
         for initialiser in self.machine.initialisers:
-            self.resources.append(await stack.enter_async_context(initialiser(self._make_run())))
+            self.resources.append(await stack.enter_async_context(initialiser(await self._view())))
+
+    async def _bear(self, error: BaseException, began: float) -> None:
+        if self.row.ending is None:
+            return await self._failed(error, await self._view(), began)
+        # The steps are over and only a teardown failed: the end that was decided stands.
+        log.error("leaving run %s failed", self.row.id, exc_info=error)
 
     async def _steps(self) -> None:
         while self.row.ending is None:
             await self._boundary()
-            await self._pause()
             step = self.machine.steps[self.row.cursor]
-            await self._attempt(step)
+            if self.row.crashes > step.retry.crashes:
+                reason = f"the process died {self.row.crashes} times in this step"
+                await self._decide(Ending("aborted", "crashed", reason, step=step.name), 0)
+            else:
+                await self._attempt(step)
 
     async def _boundary(self) -> None:
         if self.engine.draining:
             self.scope.cancel()
         await trio.lowlevel.checkpoint()
-
-    async def _pause(self) -> None:
-        if self.row.due_ms is None or self.row.delay_ms is None:
-            return
-        # A clock that was set back must not make the pause longer than it was meant to be.
-        left_ms = min(self.row.due_ms - self.engine.now_ms(), self.row.delay_ms)
-        with self._resting():
-            await trio.sleep(max(0, left_ms) / 1000)
-
-    # -- one attempt
+        if self.row.due_ms is not None and self.row.delay_ms is not None:
+            # A clock that was set back must not make the pause longer than it was meant to be.
+            left_ms = min(self.row.due_ms - self.engine.now_ms(), self.row.delay_ms)
+            with self._rest():
+                await trio.sleep(max(0, left_ms) / 1000)
 
     async def _attempt(self, step: Step[Any]) -> None:
         async with AsyncExitStack() as stack:
             if step.queue is not None:
-                with self._resting():
+                with self._rest():
                     self._enlist(step.queue)
                     stack.callback(self._drop_place)
                     await self._places[-1][1].granted.wait()
-            run = self._make_run()
+            run = await self._view()
             began = trio.current_time()
             try:
                 value = await self._call(step, run)
-                text = _encode(step, value)
-                await self._complete(run, text, began)
+                await self._complete(run, _encode(step, value), began)
             except StateError:
                 raise
             except (Exception, BaseExceptionGroup) as error:
@@ -231,9 +170,8 @@ class Active:
             call = _wrapped(interceptor, call)
         left_s = self._left_s(step)
         timeout_s = min(step.retry.timeout_s or left_s, left_s)
-        with trio.move_on_after(timeout_s) as scope:
+        with trio.move_on_after(timeout_s):
             return await call(run)
-        assert scope.cancelled_caught
         raise Retry(f"no result after {timeout_s:g} s", kind="timeout")
 
     def _left_s(self, step: Step[Any]) -> float:
@@ -252,15 +190,16 @@ class Active:
 
         await self._commit(f"{self.row.step}:complete", write)
 
+    # -- when an attempt fails
+
     async def _failed(self, error: BaseException, run: Run[Any], began: float) -> None:
         # A cancelled run or a shutdown comes first: this raises Cancelled, and the error it caused is not recorded.
         await trio.lowlevel.checkpoint_if_cancelled()
-        policy = self.machine.steps[self.row.cursor].retry
-        signal = judge(error, policy.retry_on)
+        signal = judge(error, self.machine.steps[self.row.cursor].retry.retry_on)
         if isinstance(signal, Retry):
             return await self._retry(signal, run, began)
         if isinstance(signal, Abort) and signal.kind == "bug":
-            run.log("traceback", {"text": "".join(traceback.format_exception(error))[-8000:]})
+            run.log("traceback", {"text": "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]})
         await self._decide(self._ending(signal), _ms_since(began), run, with_writes=isinstance(signal, Done | Handoff))
 
     async def _retry(self, signal: Retry, run: Run[Any], began: float) -> None:
@@ -271,7 +210,7 @@ class Active:
             delay_s = step.retry.delay_s(self.row.attempt, self.engine.rng)
         limit = None
         if self.row.attempt >= step.retry.attempts:
-            limit = f"gave up after {self.row.attempt} attempts"
+            limit = f"gave up after attempt {self.row.attempt}"
         elif self._left_s(step) <= spent_ms / 1000 + delay_s:
             limit = f"gave up at the deadline of {step.retry.deadline_s:g} s, attempt {self.row.attempt}"
         if limit is not None:
@@ -287,7 +226,7 @@ class Active:
     def _ending(self, signal: Signal) -> Ending:
         step = self.row.step
         if isinstance(signal, Done):
-            value = signal.result.model_dump_json() if signal.result is not None else None
+            value = encode(signal.result) if signal.result is not None else None
             return Ending("done", step=step, value=value)
         if isinstance(signal, Abort):
             return Ending("aborted", signal.kind, signal.reason, signal.detail, step)
@@ -312,15 +251,14 @@ class Active:
             raise
         except Exception as error:
             # The program's own writes or the successor were wrong. Nothing was committed; say so instead.
-            bug = judge(error, ())
-            assert isinstance(bug, Abort)
-            await self._decide(Ending("aborted", "bug", bug.reason, step=self.row.step), duration_ms)
+            log.exception("run %s cannot end as %s", self.row.id, ending.kind)
+            await self._decide(Ending("aborted", "bug", _text(error), step=self.row.step), duration_ms)
 
     def _write(self, entry: Entry, run: Run[Any], *, with_writes: bool) -> None:
-        for type_, payload in run._events:
+        for type_, payload in run.events:
             entry.append(self.row.seq, type_, payload, step=self.row.step, attempt=self.row.attempt)
         if with_writes:
-            for write in run._writes:
+            for write in run.writes:
                 write(entry.db)
 
     async def _commit(self, name: str, write: Callable[[Entry], RunRecord]) -> None:
@@ -338,39 +276,54 @@ class Active:
                 ending = Ending("cancelled", "cancelled", self.row.cancel_cause, step=self.row.step)
             if ending is None:
                 await self._commit("park", lambda entry: ledger.park(entry, self.row))
-                return
-            errors = await self._finalise(ending)
+            else:
+                await self._finish(ending)
 
-            def write(entry: Entry) -> RunRecord:
-                for text in errors:
-                    entry.append(self.row.seq, "finaliser_error", {"reason": text})
-                return ledger.finish(entry, self.row, ending)
+    async def _finish(self, ending: Ending) -> None:
+        runs, errors = await self._finalise(ending)
 
+        def write(entry: Entry) -> RunRecord:
+            for text in errors:
+                entry.append(self.row.seq, "finaliser_error", {"reason": text})
+            for run in runs:
+                self._write(entry, run, with_writes=True)
+            return ledger.finish(entry, self.row, ending)
+
+        try:
+            await self._commit("finish", write)
+        except StateError:
+            raise
+        except Exception as error:
+            log.exception("what the finalisers of run %s write is wrong", self.row.id)
+            errors, runs = [*errors, _text(error)], []
             await self._commit("finish", write)
 
-    async def _finalise(self, ending: Ending) -> list[str]:
+    async def _finalise(self, ending: Ending) -> tuple[list[Run[Any]], list[str]]:
+        """Call the finalisers; give those whose writes count, and the errors of the others."""
+        if self.row.crashes > self.machine.default_retry.crashes:
+            return [], [f"not called again: the process died {self.row.crashes} times"]
+        runs: list[Run[Any]] = []
         errors: list[str] = []
-        results = await self.engine.database.read(lambda _: self.engine.lookup.results(self.row))
         for finaliser in self.machine.finalisers:
-            run = self._make_run()
-            outcome = to_outcome(self.row, results, ending)
+            run = await self._view()
             try:
                 with trio.fail_after(self.machine.finalise_timeout_s):
-                    await finaliser(run, outcome)
-            except (Exception, ExceptionGroup) as error:
+                    await finaliser(run, to_outcome(self.row, run.results, ending))
+                runs.append(run)
+            except Exception as error:
                 log.exception("a finaliser of run %s failed", self.row.id)
-                errors.append(f"{type(error).__name__}: {error}")
-        return errors
+                errors.append(_text(error))
+        return runs, errors
 
     # -- waiting
 
     async def wait_for(self, run_id: str) -> Outcome:
-        """Wait for another run on behalf of a step of this one."""
+        """Wait for another run on behalf of a step of this one. Raises: UsageError, UnknownRunError."""
         if run_id == self.row.id:
             raise UsageError(f"run {run_id} would wait for itself")
         self._lend()
         try:
-            outcome = await self.engine.await_run(run_id, mine=True, waiter=self)
+            outcome = await self.engine.await_run(run_id, needed=True, waiter=self)
         finally:
             self._unlend()
         for _, ticket in self._places:
@@ -403,36 +356,34 @@ class Active:
             self._drop_place()
 
     @contextmanager
-    def _resting(self) -> Iterator[None]:
+    def _rest(self) -> Iterator[None]:
         """Mark a wait that a shutdown may cut at once, because no work is in it."""
         if self.engine.draining:
             self.scope.cancel()
-        self.idle += 1
+        self.resting += 1
         try:
             yield
         finally:
-            self.idle -= 1
+            self.resting -= 1
 
-    def _make_run(self) -> Run[Any]:
-        request = self.machine.request.model_validate_json(self.row.request)
-        return Run(self, request, self.engine.lookup.results(self.row))
+    async def _view(self) -> Run[Any]:
+        results = await self.engine.database.read(lambda _: self.engine.lookup.results(self.row))
+        return Run(self, self.machine.request.model_validate_json(self.row.request), results)
 
 
-def _wrapped(interceptor: Callable[[Run[Any], Call], Any], call: Call) -> Call:
+def _wrapped(interceptor: Interceptor, call: Call) -> Call:
     async def wrapped(run: Run[Any]) -> BaseModel | None:
-        value: BaseModel | None = await interceptor(run, call)
-        return value
+        return await interceptor(run, call)
 
     return wrapped
 
 
-def _encode(step: Step[Any], value: object) -> str | None:
-    if step.result is None:
-        if value is not None:
-            raise TypeError(f"step {step.name} declares no result and returned {type(value).__name__}")
+def _encode(step: Step[Any], value: BaseModel | None) -> str | None:
+    if step.result is None and value is None:
         return None
-    if type(value) is not step.result:
-        raise TypeError(f"step {step.name} should return {step.result.__name__}, returned {type(value).__name__}")
+    if step.result is None or type(value) is not step.result:
+        expected = step.result.__name__ if step.result else "None"
+        raise TypeError(f"step {step.name} should return {expected}, returned {type(value).__name__}")
     return encode(value)
 
 
@@ -451,3 +402,7 @@ def _check_successor(entry: Entry, run_id: str) -> None:
 
 def _ms_since(began: float) -> int:
     return round((trio.current_time() - began) * 1000)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ Rule 3: what the library looks up has an index, so that finished runs cost nothi
 from typing import Final
 
 # A run is active while `outcome` is null. `cursor` counts the completed steps: with a cursor there can be no hole.
-# `ending` is an outcome that is decided while finalisers may still be at work.
+# `ending` is an outcome that is decided while finalisers may still be at work. `seal` is a digest of the other columns.
 SCHEMA: Final = """
 CREATE TABLE run (
   seq             INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -37,6 +37,7 @@ CREATE TABLE run (
   outcome         TEXT CHECK (outcome IN ('done', 'aborted', 'cancelled', 'handed_off', 'quarantined')),
   created_ms      INTEGER NOT NULL,
   updated_ms      INTEGER NOT NULL,
+  seal            TEXT    NOT NULL,
   CHECK (cursor >= 0),
   CHECK (outcome IS NULL OR ending IS NOT NULL)
 ) STRICT;
@@ -50,6 +51,7 @@ CREATE TABLE run_result (
   run   INTEGER NOT NULL REFERENCES run (seq) ON DELETE CASCADE,
   step  TEXT    NOT NULL,
   value TEXT    NOT NULL,
+  seal  TEXT    NOT NULL,
   PRIMARY KEY (run, step)
 ) STRICT, WITHOUT ROWID;
 
@@ -63,7 +65,7 @@ CREATE INDEX run_child_child ON run_child (child);
 
 CREATE TABLE run_after (
   run         INTEGER NOT NULL REFERENCES run (seq) ON DELETE CASCADE,
-  predecessor INTEGER NOT NULL REFERENCES run (seq),
+  predecessor INTEGER NOT NULL REFERENCES run (seq) ON DELETE CASCADE,
   policy      TEXT    NOT NULL CHECK (policy IN ('success', 'any')),
   PRIMARY KEY (run, predecessor)
 ) STRICT, WITHOUT ROWID;

@@ -134,7 +134,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def judge(error: BaseException, retry_on: RetryOn) -> Signal:
-    """Say what an attempt's error means: one Signal, chained to the error that decided.
+    """Say what an attempt's error means, in one Signal.
 
     Of several errors in a group the worst decides: a bug, then what ends the run, then what may be tried again, then
     Handoff and Done (success counts only if nothing failed beside it).
@@ -157,20 +157,18 @@ def _judge_leaf(error: Exception, retry_on: RetryOn) -> Signal:
     if isinstance(error, Signal):
         return error
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    verdict: bool | Abort | Retry = False
-    if not isinstance(error, PROGRAMMING):
+    if isinstance(error, PROGRAMMING):
+        return Abort(text, kind="bug")
+    try:
         verdict = isinstance(error, retry_on) if isinstance(retry_on, tuple) else retry_on(error)
-    if verdict is True:
-        signal: Signal = Retry(text)
-    elif verdict is False:
-        signal = Abort(text, kind="bug" if isinstance(error, PROGRAMMING) else "error")
-    else:
-        signal = verdict
-    signal.__cause__ = error
-    return signal
+    except Exception as bug:
+        return Abort(f"{text}; and judging it failed: {type(bug).__name__}: {bug}", kind="bug")
+    if isinstance(verdict, Abort | Retry):
+        return verdict
+    return Retry(text) if verdict else Abort(text)
 
 
 def _severity(signal: Signal) -> int:
     if isinstance(signal, Abort):
         return 5 if signal.kind == "bug" else 4
-    return {Retry: 3, Handoff: 2, Done: 1}[type(signal)]
+    return 3 if isinstance(signal, Retry) else 2 if isinstance(signal, Handoff) else 1
