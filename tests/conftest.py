@@ -18,7 +18,7 @@ import pytest
 
 from tests.layers.families import Family, families
 from tests.setup.installed import installed_copy
-from tests.support.accounts import Account, client_group, remove_abandoned, temporary_account
+from tests.support.accounts import Account, client_group, remove_abandoned, run_name, temporary_account
 
 ALLOWED_SKIPS: Final = {  # reason, as a regular expression: why it may be absent in CI
     r"this kernel has no device-mapper": "tests/vm runs the same on a kernel that has it",
@@ -42,21 +42,21 @@ def group() -> Iterator[str]:
 def member(group: str) -> Iterator[Account]:
     """Return an ordinary user who may ask the root helper."""
     remove_abandoned()
-    with temporary_account("member", groups=[group]) as account:
+    with temporary_account(run_name("member"), groups=[group]) as account:
         yield account
 
 
 @pytest.fixture(scope="session")
 def second_member(group: str) -> Iterator[Account]:
     """Return another ordinary user who may ask the root helper."""
-    with temporary_account("second", groups=[group]) as account:
+    with temporary_account(run_name("second"), groups=[group]) as account:
         yield account
 
 
 @pytest.fixture(scope="session")
 def outsider() -> Iterator[Account]:
     """Return an ordinary user who may not ask the root helper."""
-    with temporary_account("outsider") as account:
+    with temporary_account(run_name("outsider")) as account:
         yield account
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.accounts import PREFIX, Account, remove_abandoned, temporary_account
+from tests.support.accounts import TEST_PREFIX, Account, remove_abandoned, run_name, temporary_account
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ def test_accounts_are_ordinary_and_differ(member: Account, outsider: Account, gr
 
 @pytest.mark.root
 def test_an_account_goes_with_its_processes() -> None:
-    with temporary_account("gone") as account:
+    with temporary_account(run_name("gone")) as account:
         process = subprocess.Popen(["sleep", "1000"], **account.options())
     assert process.wait(timeout=10) == -9
     assert not account.home.exists()
@@ -68,11 +68,17 @@ def test_an_account_goes_with_its_processes() -> None:
         pwd.getpwnam(account.name)
 
 
+def test_an_account_that_is_not_ours_is_never_made_or_removed() -> None:
+    with pytest.raises(ValueError, match="begins with"), temporary_account("nobody"):
+        pass
+    assert pwd.getpwnam("nobody")
+
+
 @pytest.mark.root
 def test_the_account_of_a_killed_run_is_removed() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    name = f"{PREFIX}{process.pid}-killed"
+    name = f"{TEST_PREFIX}{process.pid}-killed"
     subprocess.run(["useradd", "--system", "--no-create-home", name], check=True)
     remove_abandoned()
     with pytest.raises(KeyError):

@@ -1,7 +1,7 @@
 """Ordinary users of this machine, for what must be shown to work, or to be refused, without root.
 
-Rule 1: an account is made for one run, bears that run's process id in its name, and is removed with it.
-Rule 2: a run that was killed leaves an account; the next run finds it by its dead process id and removes it.
+Rule 1: an account is made for one run and removed with it; those of tests bear the run's process id in their names.
+Rule 2: a run that was killed leaves an account; the next run knows it by its name and removes it.
 Rule 3: a command run as another user gets a clean environment: nothing of root's leaks into it.
 """
 
@@ -13,13 +13,15 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-PREFIX: Final = "imgpull-t"
+PREFIX: Final = "imgpull-"  # no account without it is ever removed
+TEST_PREFIX: Final = f"{PREFIX}t"
 HOMES: Final = Path("/var/tmp")
 PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 TERMINAL: Final = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "TZ")
@@ -57,10 +59,10 @@ class Account:
 
 
 @contextlib.contextmanager
-def temporary_account(suffix: str = "a", groups: Sequence[str] = ()) -> Iterator[Account]:
+def temporary_account(name: str, groups: Sequence[str] = ()) -> Iterator[Account]:
     """Make a user with a home of his own, in ``groups`` besides his own; remove him, his home and his processes."""
-    name = f"{PREFIX}{os.getpid()}-{suffix}"
     home = HOMES / name
+    _remove(name)
     _run("useradd", "--system", "--no-create-home", "--home-dir", str(home), "--shell", "/usr/sbin/nologin",
          "--user-group", *(["--groups", ",".join(groups)] if groups else []), name)  # fmt: skip
     try:
@@ -71,6 +73,11 @@ def temporary_account(suffix: str = "a", groups: Sequence[str] = ()) -> Iterator
         yield Account(name, entry.pw_uid, entry.pw_gid, home, gids)
     finally:
         _remove(name)
+
+
+def run_name(suffix: str) -> str:
+    """Return the name of an account of this run of the tests."""
+    return f"{TEST_PREFIX}{os.getpid()}-{suffix}"
 
 
 @contextlib.contextmanager
@@ -91,17 +98,20 @@ def client_group(name: str = "imgpull") -> Iterator[str]:
 def remove_abandoned() -> None:
     """Remove the accounts of runs that are no more."""
     for entry in pwd.getpwall():
-        match = re.fullmatch(rf"{PREFIX}(\d+)-\w+", entry.pw_name)
+        match = re.fullmatch(rf"{TEST_PREFIX}(\d+)-\w+", entry.pw_name)
         if match and not Path(f"/proc/{match[1]}").exists():
             _remove(entry.pw_name)
 
 
 def _remove(name: str) -> None:
-    uid = pwd.getpwnam(name).pw_uid
-    for process in _processes_of(uid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, 9)
-    _run("userdel", name)
+    """Remove an account of ours with its processes and its home, if it is there."""
+    if not name.startswith(PREFIX):
+        raise ValueError(f"{name}: the name of an account of ours begins with {PREFIX}")
+    with contextlib.suppress(KeyError):
+        for process in _processes_of(pwd.getpwnam(name).pw_uid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        _run("userdel", name)
     shutil.rmtree(HOMES / name, ignore_errors=True)
 
 
