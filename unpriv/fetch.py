@@ -38,8 +38,9 @@ import base64
 import json
 import logging
 import os
+import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial as bind
@@ -65,7 +66,7 @@ from broker.protocol import (
     Pins,
     Ready,
 )
-from unpriv import blobfile
+from unpriv import blobfile, sandbox
 from unpriv.blobfile import BlobDir, Partial
 from unpriv.failures import FetchError
 from unpriv.ranges import Bucket, Retries, Tuning, Watchdog, Width
@@ -75,6 +76,10 @@ if TYPE_CHECKING:
     from unpriv.streams import Attempt
 
 T = TypeVar("T")
+MEMORY_BYTES: Final = 512 << 20  # a reply without end fails before it harms the host
+THREAD_STACK_BYTES: Final = 1 << 20
+THREADS_A_STREAM: Final = 4  # one that works, and those that hang and were left behind
+OPEN_FILES: Final = 1024
 EXIT_BUG: Final = 70  # EX_SOFTWARE
 EXIT_CONFIGURATION: Final = 78  # EX_CONFIG
 LOCK_POLL_S: Final = 0.1
@@ -157,7 +162,7 @@ class Fetcher:
         self.width = Width(hello.max_streams, min(tuning.first_width, hello.max_streams))
         self.slots: Slots = Slots(self.width.now)
         self.bucket = Bucket(hello.rate_limit)
-        self.threads = trio.CapacityLimiter(hello.max_streams * 4)  # abandoned ones hold theirs until they wake
+        self.threads = trio.CapacityLimiter(hello.max_streams * THREADS_A_STREAM)  # abandoned ones hold theirs
         self.control_threads = trio.CapacityLimiter(8)
         self.hash_threads = trio.CapacityLimiter(os.cpu_count() or 1)
         self.received = 0  # bytes of finished attempts, all objects
@@ -542,13 +547,13 @@ def main(tuning: Tuning | None = None) -> NoReturn:
 
 def run(hello: Hello, requests: Requests, report_fd: int, tuning: Tuning) -> int:
     """Connect, lock in, serve; return the exit code."""
-    from unpriv import s3
+    from unpriv import s3, streams  # noqa: F401  # before the sandbox: later nothing can be loaded
 
     timeouts = {"connect_timeout_s": tuning.connect_timeout_s, "read_timeout_s": tuning.read_timeout_s}
     try:
         blobs = BlobDir.open(hello.blob_dir)
         client = s3.connect(hello.endpoint, hello.max_streams, **timeouts)
-        layers = confine(hello)
+        layers = confine(hello, client.readable, client.writable)
     except FetchError as error:
         failed = FetchFailed(id=0, code=error.code, message=error.message, retryable=error.retryable)
         os.write(report_fd, line_of(failed, ()))
@@ -563,9 +568,16 @@ def run(hello: Hello, requests: Requests, report_fd: int, tuning: Tuning) -> int
     return 0
 
 
-def confine(hello: Hello) -> dict[str, str]:
+def confine(hello: Hello, readable: Sequence[str], writable: Sequence[str]) -> dict[str, str]:
     """Enter the sandbox; return what took. Raises: FetchError."""
-    return {}
+    threading.stack_size(THREAD_STACK_BYTES)
+    memory_bytes = MEMORY_BYTES + hello.max_streams * THREADS_A_STREAM * THREAD_STACK_BYTES
+    rules = sandbox.Rules(read_beneath=readable, write_beneath=[hello.blob_dir, *writable], tcp=True)
+    try:
+        took = sandbox.lock("fetch", rules, {"data": memory_bytes, "nofile": OPEN_FILES})
+    except sandbox.SandboxError as error:
+        raise FetchError("sandbox", f"the sandbox does not hold: {error}") from error
+    return {layer[:32]: text[:128] for layer, text in took.items()}
 
 
 def place_of(error: BaseException) -> str:

@@ -9,17 +9,21 @@ Rule 4: the user's AWS configuration is boto3's business; nothing here reads it,
 Imported late: boto3 costs 0.3 s (Debian 12, boto3 1.44).
 """
 
+import os
 import re
 import socket
+import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from time import time
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import boto3
+import botocore
 import botocore.exceptions as aws
 import urllib3.exceptions as http
 from botocore import UNSIGNED
@@ -121,6 +125,8 @@ class Client:
     credentials: str  # the name of their source
     secrets: Callable[[], tuple[str, ...]]  # words that must never leave this process
     attempts: int | None  # as the AWS configuration of the user says
+    readable: tuple[str, ...]  # files and folders that this module reads later
+    writable: tuple[str, ...]  # folders in which refreshed tokens are kept
 
     def list(self, bucket: str, prefix: str) -> list[Pin]:
         """Return the objects under a prefix, no deeper level, in the server's order.
@@ -280,6 +286,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
         check_url(client.meta.endpoint_url)
         source, secrets = _credentials(session, endpoint)
         attempts = session._session.get_config_variable("max_attempts")
+        warm_up(client)
         return Client(
             client,
             endpoint.request_payer,
@@ -287,7 +294,60 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
             source,
             secrets,
             int(attempts) if attempts else None,
+            readable_files(session, endpoint),
+            tuple(path for path in map(os.path.expanduser, TOKEN_CACHES) if os.path.isdir(path)),
         )
+
+
+# What name resolution, TLS and time zones read (nsswitch.conf(5), resolv.conf(5), gai.conf(5), openssl(1)).
+SYSTEM_FILES: Final = (
+    "/etc/ca-certificates", "/etc/gai.conf", "/etc/host.conf", "/etc/hosts", "/etc/localtime", "/etc/nsswitch.conf",
+    "/etc/pki", "/etc/protocols", "/etc/resolv.conf", "/etc/services", "/etc/ssl", "/run/systemd/resolve",
+    "/usr/lib/ssl", "/usr/local/share/ca-certificates", "/usr/share/ca-certificates", "/usr/share/zoneinfo",
+)  # fmt: skip
+TOKEN_CACHES: Final = ("~/.aws/login/cache", "~/.aws/sso/cache")
+
+
+def readable_files(session: Any, endpoint: Endpoint) -> tuple[str, ...]:
+    """Return the files that boto3, TLS and the resolver read when they are in use; only those that exist."""
+    core = session._session
+    profile = {} if endpoint.no_sign_request else core.get_scoped_config()
+    named = [core.get_config_variable(name) for name in ("config_file", "credentials_file", "ca_bundle")]
+    named += [endpoint.ca_bundle, os.environ.get("REQUESTS_CA_BUNDLE"), os.environ.get("SSL_CERT_FILE")]
+    named += [os.environ.get("SSL_CERT_DIR"), os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")]
+    named += [os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"), profile.get("web_identity_token_file")]
+    code = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    code += [os.path.dirname(module.__file__ or "") for module in (boto3, botocore)]
+    paths = [os.path.expanduser(path) for path in (*named, *code, *TOKEN_CACHES, *SYSTEM_FILES) if path]
+    return tuple(path for path in dict.fromkeys(paths) if path != "/" and os.path.exists(path))
+
+
+def warm_up(client: Any) -> None:
+    """Load what is loaded on first use, since the sandbox permits no loading of code."""
+    for name in (
+        "encodings.idna",
+        "xml.etree.ElementTree",
+        "urllib3.contrib.socks",
+        "ssl",
+        "email.utils",
+        "stringprep",
+    ):
+        with suppress(ImportError):
+            import_module(name)
+    client.generate_presigned_url("head_object", Params={"Bucket": "warm-up", "Key": "x"}, ExpiresIn=1)
+    hosts = [line.split()[1:] for line in _lines("/etc/nsswitch.conf") if line.startswith("hosts:")]
+    if any(word not in ("files", "dns") and not word.startswith("[") for words in hosts for word in words):
+        with suppress(OSError):
+            socket.getaddrinfo("imgpull.invalid", 443)  # the modules that glibc loads for it; RFC 6761, 6.4
+
+
+def _lines(path: str) -> list[str]:
+    """Return the lines of a small file, none if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 16).splitlines()
+    except OSError:
+        return []
 
 
 def _style(session: Any, asked: str | None, usual: str) -> Any:
