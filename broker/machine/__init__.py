@@ -19,10 +19,33 @@ at work, which is made again.
         run = await engine.start(pull, "s3://bucket/images/golang", PullRequest(…))
         outcome = await engine.wait(run.id)
 
-What a step must know: it is done *at least* once, so it must be able to find its own half-done work; its transaction is
-committed *exactly* once.
+What a step must know. It is done *at least* once, so it must be able to find its own half-done work; its transaction is
+committed *exactly* once: write domain facts by `Run.on_commit`. What it is given is decoded from the state file anew
+for each attempt. It ends by returning its declared result, or by raising
+
+    Done(result)     success now, the steps that are left are not run
+    Abort(reason)    failure now
+    Retry(reason)    again, after the policy's backoff
+    Handoff(run_id)  another run does this work
+
+Any other error is judged by the step's `Policy`; a programming error aborts in any case. An error inside a nursery
+counts as if it had been raised without one. Cancellation and shutdown are none of these: a cancelled run ends as
+"cancelled" with its cause, a run that is shut down goes on at the next start.
+
+How a run can end (`Outcome.kind`): done, aborted, cancelled, handed_off, and quarantined, which is a run that this
+version of the program cannot understand: an unknown machine, another definition, a damaged row.
+
+Several processes may open one state file. A run belongs to the process that holds its lock, and the kernel frees the
+lock when that process dies; whoever waits for the run then takes it over. Limits of queues are of a process.
+
+What is read without an engine: `open_lookup(path)`, which writes nothing at all.
+
+The parts: signals (what may be raised, and the judging of errors), definition (machines and policies), schema, database
+(SQLite's settings, transactions, migrations), records (reading), checking, ledger (writing), ownership (locks), queues, starting,
+view (what a step sees), runner (one run), engine (all runs of a process), opening, hooks.
 """
 
+from broker.machine.checking import problems
 from broker.machine.definition import Machine, Policy
 from broker.machine.engine import Engine
 from broker.machine.hooks import Hooks
@@ -74,4 +97,5 @@ __all__ = [
     "UsageError",
     "open_engine",
     "open_lookup",
+    "problems",
 ]

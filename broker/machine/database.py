@@ -123,6 +123,14 @@ def create(path: str) -> None:
         raise StateError(f"{path} cannot be made: {error.strerror}") from error
 
 
+def quick_check(db: sqlite3.Connection, path: str) -> None:
+    """Have SQLite check the structure of the file. Raises: DamagedStateError."""
+    with translated(path):
+        found = [str(row[0]) for row in db.execute("PRAGMA quick_check(10)").fetchall()]
+    if found != ["ok"]:
+        raise DamagedStateError(f"{path} is damaged: {'; '.join(found)}")
+
+
 async def patiently(call: Callable[[], T], patience_s: float) -> T:
     """Make a call again and again while another process keeps the file locked. Raises: BusyStateError in the end."""
     pause_s = _FIRST_PAUSE_S
@@ -177,6 +185,7 @@ class Database:
         try:
             writer = await patiently(lambda: connect(path, query_only=False), patience_s)
             database = cls(path, reader, writer, point, patience_s)
+            await database.read(lambda db: quick_check(db, path))
             await database.migrate(migrations, application_id)
         except BaseException:
             writer.close()

@@ -72,6 +72,7 @@ class Engine:
         self._needed: set[int] = set()  # runs this process was asked for, and what they need
         self._stopped: set[int] = set()  # runs that stopped here and are left for a later start
         self._left = trio.Event()
+        self.opened = trio.Event()  # no step runs before the program holds the engine
 
     @property
     def db(self) -> sqlite3.Connection:
@@ -227,7 +228,7 @@ class Engine:
         return None
 
     def _check_run(self, run: RunRecord) -> Machine[Any]:
-        """Give the machine of a run. Raises: UsageError, ValueError, LookupError, DamagedStateError if it is not its."""
+        """Give the machine of a run. Raises: UsageError, ValueError, LookupError, DamagedStateError."""
         machine = self.machines.get(run.machine)
         if machine is None:
             raise UsageError(f"this program has no machine {run.machine!r}, only {sorted(self.machines)}")

@@ -61,6 +61,7 @@ async def open_engine(
                 try:
                     if resume == "all":
                         await engine.resume()
+                    engine.opened.set()
                     yield engine
                 except BaseException as error:
                     failure = error

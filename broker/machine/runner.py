@@ -84,7 +84,8 @@ class Active:
     # -- before the first step
 
     async def _admit(self) -> None:
-        with self._rest():
+        with self.rest():
+            await self.engine.opened.wait()
             for run_id, policy in self._after:
                 outcome = await self.engine.await_run(run_id, needed=True, waiter=self)
                 while outcome.successor is not None:
@@ -144,13 +145,13 @@ class Active:
         if self.row.due_ms is not None and self.row.delay_ms is not None:
             # A clock that was set back must not make the pause longer than it was meant to be.
             left_ms = min(self.row.due_ms - self.engine.now_ms(), self.row.delay_ms)
-            with self._rest():
+            with self.rest():
                 await trio.sleep(max(0, left_ms) / 1000)
 
     async def _attempt(self, step: Step[Any]) -> None:
         async with AsyncExitStack() as stack:
             if step.queue is not None:
-                with self._rest():
+                with self.rest():
                     self._enlist(step.queue)
                     stack.callback(self._drop_place)
                     await self._places[-1][1].granted.wait()
@@ -356,7 +357,7 @@ class Active:
             self._drop_place()
 
     @contextmanager
-    def _rest(self) -> Iterator[None]:
+    def rest(self) -> Iterator[None]:
         """Mark a wait that a shutdown may cut at once, because no work is in it."""
         if self.engine.draining:
             self.scope.cancel()

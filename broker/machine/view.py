@@ -7,6 +7,7 @@ Rule 2: what a step writes through here is committed with the record of its atte
 
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel, JsonValue
@@ -16,6 +17,7 @@ from broker.machine.records import Outcome
 from broker.machine.starting import After
 
 if TYPE_CHECKING:
+    from broker.machine.engine import Engine
     from broker.machine.runner import Active
 
 M = TypeVar("M", bound=BaseModel)
@@ -36,6 +38,7 @@ class Run(Generic[Request]):
         self.step = active.row.step
         self.attempt = active.row.attempt
         self.trace = active.row.trace
+        self.engine: Engine = active.engine
         self.app: Any = active.engine.app
 
     def result(self, step: str, model: type[M]) -> M:
@@ -81,6 +84,10 @@ class Run(Generic[Request]):
             machine, key, request, queue=queue, after=after, not_before=not_before, parent=self.id
         )
         return started.id
+
+    def rest(self) -> AbstractContextManager[None]:
+        """Mark a wait in which no work is done, such as for a lock: a shutdown cuts the step there at once."""
+        return self._active.rest()
 
     async def wait(self, run_id: str) -> Outcome:
         """Wait for another run. The places in queues that this run holds are lent out until no task of it waits."""
