@@ -10,21 +10,26 @@ Rule 3: nothing is left out of a comparison in silence; what is not compared is 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 NOT_COMPARED: Final = (
     "the size of a directory: its file system's own affair",
     "the mtime of a directory, unless asked for: GNU tar dates one that a whiteout emptied by the clock",
     "extended attributes other than security.capability and user.*: no image keeps them",
 )
+ROOT: Final = Path(__file__).resolve().parents[2]
+NAME: Final = "tests.support.reference"
 WHITEOUT: Final = ".wh."
 OPAQUE: Final = ".wh..wh..opq"
 KINDS: Final = {"f": "file", "d": "dir", "l": "symlink", "p": "fifo", "c": "char", "b": "block", "s": "socket"}
@@ -89,6 +94,19 @@ def read_tree(folder: Path, *, directory_times: bool = False) -> Tree:
             xattrs=xattrs.get(path or ".", ()),
         )
     return tree
+
+
+def read_device(device: str) -> Tree:
+    """Return the tree of the file system on a block device, mounted where nobody else sees it; needs root."""
+    script = f"mount -o ro,nosuid,nodev {shlex.quote(device)} /mnt && exec {shlex.quote(sys.executable)} -m {NAME} /mnt"
+    command = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-euc", script]
+    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=True).stdout
+    return {path: Record(**_tuples(fields)) for path, fields in json.loads(printed).items()}
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Undo what JSON makes of tuples."""
+    return fields | {"links": tuple(fields["links"]), "xattrs": tuple(tuple(pair) for pair in fields["xattrs"])}
 
 
 def differences(expected: Tree, found: Tree) -> list[str]:
@@ -178,3 +196,7 @@ def _tar(*options: str) -> bytes:
 
 def _run(folder: Path, *command: str) -> bytes:
     return subprocess.run(command, cwd=folder, env=TOOLS, stdout=subprocess.PIPE, check=True).stdout
+
+
+if __name__ == "__main__":
+    json.dump({path: asdict(record) for path, record in read_tree(Path(sys.argv[1])).items()}, sys.stdout)

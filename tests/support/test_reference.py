@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.reference import differences, read_tree, unpack
+from tests.support.reference import differences, read_device, read_tree, unpack
 
 pytestmark = pytest.mark.root
 
@@ -134,3 +134,21 @@ def test_a_name_outside_the_tree_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "outside").hardlink_to(tmp_path / "tree/x")
     with pytest.raises(AssertionError, match="2 names"):
         read_tree(tmp_path / "tree")
+
+
+def test_a_device_reads_like_the_folder_that_it_was_made_from(tmp_path: Path) -> None:
+    layer = write_layer(tmp_path / "1.tar", folder("a", 0o2755), ("a/one", b"1"), symlink("a/link", "/etc"))
+    unpack([layer], tmp_path / "tree")
+    os.link(tmp_path / "tree/a/one", tmp_path / "tree/a/two")
+    os.setxattr(tmp_path / "tree/a/one", "user.x", b"1")
+    image = tmp_path / "image"
+    command = ["/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", str(tmp_path / "tree"), str(image), "16M"]
+    subprocess.run(command, check=True)
+    loop = subprocess.run(["losetup", "--find", "--show", "--read-only", str(image)], check=True, capture_output=True)
+    device = loop.stdout.decode().strip()
+    try:
+        found = dict(read_device(device))
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert found.pop("lost+found").mode == "700"
+    assert differences(read_tree(tmp_path / "tree"), found) == []

@@ -1,0 +1,165 @@
+"""The real root helper, started by its socket as systemd would, on a pool of its own.
+
+Rule 1: it is the zipapp that an administrator installs, run by Debian's Python with ``-I -S``, root-owned.
+Rule 2: everything lies below one folder; when it ends, no process, loop device or mount of it is left, or it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PYTHON: Final = "/usr/bin/python3"
+SOCKETS: Final = Path("/run")
+START_S: Final = 10.0
+STOP_S: Final = 10.0
+SMALL_POOL: Final = {"pool_bytes": 4 << 30, "preallocate": False}
+
+Settings = Mapping[str, "object | Mapping[str, object]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Helper:
+    """A helper that listens: its socket, and the administrator's side of it."""
+
+    socket: Path
+    zipapp: Path
+    config: Path
+    log: Path
+    listener_pid: int
+
+    def administer(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``imgpull-helper WORDS`` as root."""
+        return administer(self.zipapp, self.config, *words, check=check)
+
+    def processes(self) -> list[int]:
+        """Return the processes that serve a connection now."""
+        return children(self.listener_pid)
+
+
+def device_mapper_is_there() -> bool:
+    """Tell whether this kernel offers thin provisioning, after asking for its module."""
+    subprocess.run(["modprobe", "--quiet", "dm-thin-pool"], check=False, stderr=subprocess.DEVNULL)
+    return Path("/sys/module/dm_thin_pool").exists()
+
+
+@contextlib.contextmanager
+def running_helper(folder: Path, group: str, settings: Settings | None = None) -> Iterator[Helper]:
+    """Make a pool below ``folder``, which must not exist, listen on a socket for ``group``, and undo both."""
+    folder.mkdir(mode=0o755)
+    zipapp, config, log = folder / "imgpull-helper.pyz", folder / "helper.toml", folder / "helper.log"
+    build_zipapp(zipapp)
+    config.write_text(to_toml({"state_dir": str(folder / "state"), "reflink": SMALL_POOL, **(settings or {})}))
+    config.chmod(0o644)
+    administer(zipapp, config, "pool", "create")
+    try:
+        with listening(folder.name, group, zipapp, config, log) as (socket, pid):
+            yield Helper(socket, zipapp, config, log, pid)
+    finally:
+        administer(zipapp, config, "pool", "detach")
+        left = loops_below(folder)
+        if left:
+            raise RuntimeError(f"the helper left {left}; its log is {log}")
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def listening(name: str, group: str, zipapp: Path, config: Path, log: Path) -> Iterator[tuple[Path, int]]:
+    """Start a helper process for each connection to /run/NAME/helper.sock; end all of them."""
+    directory = SOCKETS / name
+    directory.mkdir(mode=0o750)
+    try:
+        # Closed to others before the socket is there: systemd-socket-activate cannot be told a mode.
+        shutil.chown(directory, "root", group)
+        socket = directory / "helper.sock"
+        command = ["systemd-socket-activate", "--accept", "--seqpacket", f"--listen={socket}",
+                   PYTHON, "-I", "-S", str(zipapp), "serve", "--config", str(config)]  # fmt: skip
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
+                                       start_new_session=True)  # fmt: skip
+        try:
+            _wait_for(socket, process, log)
+            shutil.chown(socket, "root", group)
+            socket.chmod(0o660)
+            yield socket, process.pid
+        finally:
+            _end(process)
+    finally:
+        shutil.rmtree(directory)
+
+
+def build_zipapp(target: Path) -> None:
+    """Build the helper as ``make helper`` does."""
+    subprocess.run([sys.executable, "-m", "privhelper.build", str(target)], cwd=ROOT, check=True, capture_output=True)
+
+
+def administer(zipapp: Path, config: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run ``imgpull-helper WORDS --config CONFIG`` as root; what it prints is in an error's text."""
+    command = [PYTHON, "-I", "-S", str(zipapp), *words, "--config", str(config)]
+    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/")
+    if check and finished.returncode:
+        raise RuntimeError(f"imgpull-helper {' '.join(words)}: exit code {finished.returncode}: {finished.stderr}")
+    return finished
+
+
+def to_toml(settings: Settings) -> str:
+    """Write settings as TOML: plain keys first, then tables; JSON's strings, numbers and booleans are TOML's too."""
+    plain = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, Mapping)]
+    for name, table in settings.items():
+        if isinstance(table, Mapping):
+            plain += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(plain) + "\n"
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process started and that still run; proc_pid_stat(5), field 4."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def loops_below(folder: Path) -> list[str]:
+    """Return the loop devices whose file lies below ``folder``, also if it was removed meanwhile."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().startswith(f"{folder}/"):
+                found.append(f"/dev/{backing.parent.parent.name}")
+    return sorted(found)
+
+
+def _wait_for(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    end_s = time.monotonic() + START_S
+    while not socket.exists():
+        if process.poll() is not None or time.monotonic() > end_s:
+            raise RuntimeError(f"the helper does not listen: {log.read_text()}")
+        time.sleep(0.01)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the listener and what serves a connection; a helper ends by itself when its client has gone."""
+    serving = children(process.pid)
+    process.terminate()
+    process.wait(STOP_S)
+    end_s = time.monotonic() + STOP_S
+    while any(Path(f"/proc/{pid}").exists() for pid in serving):
+        if time.monotonic() > end_s:
+            for pid in serving:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise RuntimeError(f"a helper outlived its client by {STOP_S} s: {serving}")
+        time.sleep(0.02)
