@@ -59,14 +59,10 @@ class Target(NamedTuple):
 
 
 class DeviceMapper:
-    """The control device, opened. Every method raises OSError with the kernel's errno (ENXIO: no such device)."""
+    """The control device, open for the life of the process; every method raises OSError with the kernel's errno."""
 
     def __init__(self) -> None:
         self._control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_control"):
-            os.close(self._control)
 
     def create(self, name: str, uuid: str, target: Target, *, read_only: bool = False) -> str:
         """Make a device with a live table and return the path of its node; a name or uuid in use is EBUSY."""
