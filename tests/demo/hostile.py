@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def write_escape(tarball: Path, victim: Path) -> None:
-    """Write a tarball that overwrites ``victim`` if unpacked carelessly: CVE-2021-32803 (link), CVE-2007-4131 (dots)."""
+    """Write a tarball that overwrites ``victim`` if unpacked carelessly.
+
+    Its two ways out are old: by a symbolic link (CVE-2021-32803) and by dots (CVE-2007-4131).
+    """
     content = b"the attacker was here\n"
     with tarfile.open(tarball, "w", format=tarfile.USTAR_FORMAT) as tar:
         link = tarfile.TarInfo("var/lib/app")

@@ -69,8 +69,9 @@ def type_as(
     """
     print(f"{BOLD}{account.name}$ {shown or shlex.join(command)}{PLAIN}", flush=True)
     start_s = time.monotonic()
-    process: subprocess.Popen[str] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-                               **account.options())  # fmt: skip
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, **account.options()
+    )
     try:
         while meanwhile is not None and process.poll() is None:
             meanwhile()
