@@ -82,7 +82,7 @@ def play(teller: Teller, stack: ExitStack) -> None:
         victim = FOLDER / "victim/precious.txt"
         put_images(teller, s3, built, victim)
         group = stack.enter_context(client_group())
-        helper = stack.enter_context(running_helper(HELPER, group, {"store": store}))
+        helper = stack.enter_context(running_helper(HELPER, group, store))
         digest = hashlib.sha256(helper.zipapp.read_bytes()).hexdigest()
         teller.say(
             f"helper    {helper.zipapp.stat().st_size:,} bytes, sha256 {digest[:16]}…, listens on {helper.socket}"

@@ -33,22 +33,30 @@ apt_get() {
         --option=Dpkg::Use-Pty=0 "$@" </dev/null
 }
 
+log=$(mktemp)
 # invoke-rc.d(8) and deb-systemd-invoke(1p) ask this file before they start anything; 101 is "not allowed".
 policy=/usr/sbin/policy-rc.d
-if [[ ! -e $policy ]]; then
+if [[ -e $policy ]]; then
+    trap 'rm -f "$log"' EXIT
+else
     # Armed first: a policy that is left behind would keep every later daemon of this machine from starting.
-    trap '"${as_root[@]}" rm -f "$policy"' EXIT
+    trap '"${as_root[@]}" rm -f "$policy"; rm -f "$log"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
     "${as_root[@]}" chmod 755 "$policy"
 fi
 
+install_missing() {
+    apt_get install --yes --no-install-recommends "${missing[@]}"
+}
+
 echo "apt-get install ${missing[*]}"
-if ! ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1; then apt_get update; fi
-# Lists that are too old name files that the mirror has no more: fetch them once and try again.
-apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null ||
-    { apt_get update && apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null; }
+{
+    if ! ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1; then apt_get update; fi
+    # Lists that are too old name files that the mirror has no more: fetch them once and try again.
+    install_missing || { apt_get update && install_missing; }
+} >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 
 # The servers of the tests are started by the tests, with their own configuration, never by a boot.
 if command -v systemctl >/dev/null; then

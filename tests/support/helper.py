@@ -24,9 +24,12 @@ PYTHON: Final = "/usr/bin/python3"
 SOCKETS: Final = Path("/run")
 START_S: Final = 10.0
 STOP_S: Final = 10.0
-SMALL_POOL: Final = {"pool_bytes": 4 << 30, "preallocate": False}
+POOL_OPTIONS: Final = {
+    "reflink": ("--size", str(4 << 30)),
+    "thin": ("--data-bytes", str(4 << 30), "--metadata-bytes", str(64 << 20)),
+}
 
-Settings = Mapping[str, "object | Mapping[str, object]"]
+Settings = Mapping[str, "str | Mapping[str, object]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,20 @@ def device_mapper_is_there() -> bool:
 
 
 @contextlib.contextmanager
-def running_helper(folder: Path, group: str, settings: Settings | None = None) -> Iterator[Helper]:
-    """Make a pool below ``folder``, which must not exist, listen on a socket for ``group``, and undo both."""
+def running_helper(
+    folder: Path, group: str, store: str = "reflink", settings: Settings | None = None
+) -> Iterator[Helper]:
+    """Make a pool below ``folder``, which must not exist, listen on a socket for ``group``, and undo both.
+
+    ``settings`` are an administrator's, over those that keep the pool small and below ``folder``.
+    """
     folder.mkdir(mode=0o755)
     zipapp, config, log = folder / "imgpull-helper.pyz", folder / "helper.toml", folder / "helper.log"
     build_zipapp(zipapp)
-    config.write_text(to_toml({"state_dir": str(folder / "state"), "reflink": SMALL_POOL, **(settings or {})}))
+    own: Settings = {"reflink": {"preallocate": False}, "thin": {"name": folder.name}}
+    config.write_text(to_toml({"store": store, "state_dir": str(folder / "state"), **own, **(settings or {})}))
     config.chmod(0o644)
-    administer(zipapp, config, "pool", "create")
+    administer(zipapp, config, "pool", "create", *POOL_OPTIONS[store])
     try:
         with listening(folder.name, group, zipapp, config, log) as (socket, pid):
             yield Helper(socket, zipapp, config, log, pid)
@@ -84,7 +93,7 @@ def listening(name: str, group: str, zipapp: Path, config: Path, log: Path) -> I
         shutil.chown(directory, "root", group)
         socket = directory / "helper.sock"
         command = ["systemd-socket-activate", "--accept", "--seqpacket", f"--listen={socket}",
-                   PYTHON, "-I", "-S", str(zipapp), "serve", "--config", str(config)]  # fmt: skip
+                   PYTHON, "-I", "-S", str(zipapp), "--config", str(config), "serve"]  # fmt: skip
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
                                        start_new_session=True)  # fmt: skip
@@ -105,8 +114,8 @@ def build_zipapp(target: Path) -> None:
 
 
 def administer(zipapp: Path, config: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``imgpull-helper WORDS --config CONFIG`` as root; what it prints is in an error's text."""
-    command = [PYTHON, "-I", "-S", str(zipapp), *words, "--config", str(config)]
+    """Run ``imgpull-helper --config CONFIG WORDS`` as root; what it prints is in an error's text."""
+    command = [PYTHON, "-I", "-S", str(zipapp), "--config", str(config), *words]
     finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/")
     if check and finished.returncode:
         raise RuntimeError(f"imgpull-helper {' '.join(words)}: exit code {finished.returncode}: {finished.stderr}")
