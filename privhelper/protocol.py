@@ -1,6 +1,6 @@
 """What may be asked of the root helper, what it answers, and the ceilings that no policy can loosen. PUBLIC.
 
-Rule 1: one SOCK_SEQPACKET message is one JSON object, at most MAX_MESSAGE bytes, with exactly the fields of its row here.
+Rule 1: one SOCK_SEQPACKET message is one JSON object of at most MAX_MESSAGE bytes with exactly the fields of its row.
 Rule 2: no field names a path, a device or a number of the host; the longest free text is the name of an activation.
 Rule 3: whoever receives a message that breaks this page hangs up; there is nothing to negotiate.
 

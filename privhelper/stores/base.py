@@ -46,7 +46,9 @@ class PoolStatus(NamedTuple):
 class Store(Protocol):
     """One pool. Every method may raise StoreError (or OSError, which the caller reports as fault)."""
 
-    kind: str  # "reflink" or "thin"
+    @property
+    def kind(self) -> str:
+        """Return "reflink" or "thin"."""
 
     def status(self) -> PoolStatus:
         """Return how the pool is; raises nothing for a pool that is absent or broken."""
@@ -55,7 +57,7 @@ class Store(Protocol):
         """Make ``dev`` a copy of ``origin``, which is inactive; ``dev`` must not exist."""
 
     def delete(self, dev: int) -> None:
-        """Free an inactive device; absent is fine."""
+        """Free a device, deactivating what a crash left of it; absent is fine."""
 
     def devices(self) -> set[int]:
         """Return the numbers that the pool really holds, without BASE."""
@@ -68,6 +70,9 @@ class Store(Protocol):
 
     def activate(self, dev: int, read_only: bool) -> str:
         """Return the path of the block device, made sure to be what it should be; active already is an error."""
+
+    def grant(self, path: str, uid: int) -> None:
+        """Hand the node of an active, writable device to a user: its owner, and no one else but root."""
 
     def deactivate(self, dev: int) -> None:
         """Take the block device away; absent is fine. Raises StoreError("busy") when somebody keeps it open."""

@@ -1,0 +1,132 @@
+"""Loop devices by ioctl (loop(4)): a file becomes a block device, without a program in between.
+
+Rule 1: direct I/O always, so that bytes are cached once and errors of the disk below arrive.
+Rule 2: which file a device stands on is read from the kernel by device and inode number, never believed from a name.
+Rule 3: every device is a fresh one (LOOP_CTL_ADD) and is removed after its use. A user who was given a node can unbind
+the device and keep it open; were the number used again, that descriptor would reach what is put behind it next.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from typing import Final
+
+_ADD, _REMOVE, _CLEAR, _GET_STATUS, _CONFIGURE = 0x4C80, 0x4C81, 0x4C01, 0x4C05, 0x4C0A
+_FRESH: Final = -1  # the lowest number that no device has; kernels before 5.14 give a free old one instead (EEXIST)
+_READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
+_CONTROL: Final = "/dev/loop-control"
+_CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64 (232 bytes), 64 bytes reserved
+_FLAGS_AT: Final = 8 + 52  # lo_flags in struct loop_info64
+_STATUS_BYTES: Final = 232
+
+
+def attach(backing: int, *, read_only: bool, autoclear: bool = True) -> tuple[int, str]:
+    """Put an open file behind a fresh loop device; return the device's descriptor and path.
+
+    With ``autoclear`` the device goes with its last opener or mount.
+    """
+    config = bytearray(_CONFIG_BYTES)
+    struct.pack_into("=I", config, 0, backing)
+    flags = _DIRECT_IO | (_READ_ONLY if read_only else 0) | (_AUTOCLEAR if autoclear else 0)
+    struct.pack_into("=I", config, _FLAGS_AT, flags)
+    for _ in range(16):
+        path = f"/dev/loop{_control(_ADD, _FRESH)}"
+        device = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.ioctl(device, _CONFIGURE, bytes(config))
+        except OSError as error:
+            os.close(device)
+            if error.errno != errno.EBUSY:  # EBUSY: another program looked for a free device and was faster
+                raise
+            continue
+        return device, path
+    raise OSError(errno.EBUSY, "no free loop device")
+
+
+def backing_names() -> dict[str, str]:
+    """Return each bound loop device and what sysfs calls its file: a hint, to be confirmed by ``backing_inode``."""
+    found = {}
+    for name in os.listdir("/sys/block"):
+        if name.startswith("loop"):
+            try:
+                with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                    found[f"/dev/{name}"] = file.read().rstrip("\n")
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # not bound
+    return found
+
+
+def backing_inode(path: str) -> tuple[int, int] | None:
+    """Return st_dev and st_ino of the file behind a loop device; None when there is none."""
+    try:
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except PermissionError:
+        # Its user took our group's permission away. The helper has no DAC_OVERRIDE: take the node back, then look.
+        _give_back(path)
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = fcntl.ioctl(device, _GET_STATUS, bytes(_STATUS_BYTES))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+    finally:
+        os.close(device)
+    encoded, inode = struct.unpack_from("=QQ", status)
+    # huge_encode_dev: minor in bits 0-7 and 20-31, major in 8-19
+    return os.makedev(encoded >> 8 & 0xFFF, encoded & 0xFF | encoded >> 12 & 0xFFF00), inode
+
+
+def grant(path: str, uid: int) -> None:
+    """Hand a device node to a user. The group stays root's, so that the helper can open it without DAC_OVERRIDE."""
+    os.chmod(path, 0o660)
+    os.chown(path, uid, 0)
+
+
+def detach(path: str, wait_s: float) -> None:
+    """Take the node back, unbind the device and remove it.
+
+    Raises:
+        OSError: EBUSY, somebody kept it open for ``wait_s``; the kernel unbinds it when the last of them lets go.
+    """
+    _give_back(path)
+    device = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.ioctl(device, _CLEAR)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    finally:
+        os.close(device)
+    deadline = time.monotonic() + wait_s
+    while os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"):
+        if time.monotonic() > deadline:
+            raise OSError(errno.EBUSY, f"{path} is held open")
+        time.sleep(0.005)  # the kernel has no way to wait for the last closer
+    discard(path)
+
+
+def discard(path: str) -> None:
+    """Remove an unbound device; one that somebody opened again (udev, its former owner) stays and is not used again."""
+    try:
+        _control(_REMOVE, int(path.removeprefix("/dev/loop")))
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENODEV):
+            raise
+
+
+def _control(command: int, number: int) -> int:
+    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return fcntl.ioctl(control, command, number)
+    finally:
+        os.close(control)
+
+
+def _give_back(path: str) -> None:
+    """Give a node the owner and mode that the system gives to loop-control. Owner first: it drops the user's hold."""
+    like = os.stat(_CONTROL)
+    os.chown(path, 0, like.st_gid, follow_symlinks=False)
+    os.chmod(path, like.st_mode & 0o660)

@@ -1,0 +1,99 @@
+"""Load what was granted. policy/ is the only place where a limit, a grant or a system call is named.
+
+Rule 1: what is not in these files is not granted; a file that does not read as it should stops the helper (exit 78).
+Rule 2: the administrator's file changes values, never adds keys, and counts only when no one but root can write it.
+"""
+
+import hashlib
+import os
+import stat
+import tomllib
+from typing import Any, Final, NamedTuple
+
+from privhelper import seccomp
+
+ADMINISTRATORS_FILE: Final = "/etc/imgpull/helper.toml"
+_FOLDER: Final = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "policy")
+
+
+class PolicyError(Exception):
+    """A policy file is not what it should be (EX_CONFIG)."""
+
+
+class Policy(NamedTuple):
+    """The grants in force."""
+
+    settings: dict[str, Any]  # helper.toml with the administrator's overrides
+    requests: dict[str, dict[str, Any]]  # protocol.toml, by name of the request
+    authority: dict[str, dict[str, Any]]  # authority.toml
+    filters: dict[str, bytes]  # seccomp programs, by name of the process
+    digest: str  # sha256 of all texts in force
+
+
+def load(override: str | None) -> Policy:
+    """Read the built-in files and, where there is one, the administrator's.
+
+    Raises:
+        PolicyError: a file is missing, malformed, or writable by others; the message names it.
+    """
+    texts = {name: _builtin(name) for name in ("helper.toml", "protocol.toml", "authority.toml")}
+    settings, protocol, authority = (_parse(name, texts[name]) for name in sorted(texts, key=list(texts).index))
+    names = sorted(part["syscalls"] for part in authority.values() if "syscalls" in part)
+    for name in names:
+        texts[f"syscalls/{name}.seccomp"] = _builtin(f"syscalls/{name}.seccomp")
+    try:
+        filters = {name: seccomp.program(texts[f"syscalls/{name}.seccomp"].decode("ascii")) for name in names}
+    except ValueError as error:
+        raise PolicyError(f"policy/syscalls: {error}") from error
+    if override is None and os.path.exists(ADMINISTRATORS_FILE):
+        override = ADMINISTRATORS_FILE
+    if override is not None:
+        texts["override"] = _administrators(override)
+        _merge(settings, _parse(override, texts["override"]), override)
+    return Policy(settings, {row["name"]: row for row in protocol["request"]}, authority, filters, _digest(texts))
+
+
+def _builtin(name: str) -> bytes:
+    """Read one file of policy/, from a source tree, a wheel or a zipapp alike."""
+    loader: Any = __spec__.loader
+    try:
+        return bytes(loader.get_data(os.path.join(_FOLDER, name)))
+    except OSError as error:
+        raise PolicyError(f"policy/{name}: {error}") from error
+
+
+def _administrators(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PolicyError(f"{path}: must belong to root and be writable by root alone")
+            return file.read()
+    except OSError as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def _parse(name: str, text: bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise PolicyError(f"{name}: {error}") from error
+
+
+def _merge(settings: dict[str, Any], changes: dict[str, Any], where: str) -> None:
+    for key, value in changes.items():
+        if key not in settings:
+            raise PolicyError(f"{where}: unknown key {key!r}")
+        if type(value) is not type(settings[key]):
+            raise PolicyError(f"{where}: {key} is not a {type(settings[key]).__name__}")
+        if isinstance(value, dict) and key != "filesystems":
+            _merge(settings[key], value, f"{where}: {key}")
+        else:
+            settings[key] = value
+
+
+def _digest(texts: dict[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, text in sorted(texts.items()):
+        whole.update(f"{name} {len(text)}\n".encode() + text)
+    return "sha256:" + whole.hexdigest()

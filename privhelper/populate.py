@@ -1,0 +1,264 @@
+"""Write one layer, operation by operation, into a file system that holds the layer below and nothing else.
+
+Rule 1: no path is ever resolved. The walk keeps one open directory a level; every name is one component, opened below
+its parent and never through a link.
+Rule 2: every creation is exclusive; what is there already, or is not there, or is something else refuses the layer.
+Rule 3: data, owner, extended attributes, mode, times: in this order, since a write and a chown clear setuid bits and
+file capabilities (chown(2), capabilities(7)).
+Rule 4: the bytes that are written are the bytes that are hashed: one buffer, whoever changes the payload meanwhile.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from privhelper import manifest, protocol
+from privhelper.manifest import Operation, RejectedError
+
+_CHUNK_BYTES: Final = 1 << 17  # larger ones are slower: they fall out of the cache between hash and write
+_TELL_EVERY_BYTES: Final = 1 << 24
+_TELL_EVERY_ENTRIES: Final = 2_000
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# What the tree below can answer to an operation that does not fit it. Everything else is this host's fault.
+_SURPRISES: Final = (
+    errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EMLINK, errno.EINVAL,
+    errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EOVERFLOW, errno.EBUSY,
+)  # fmt: skip
+
+
+class Walk:
+    """The way from the root to the directory where the walk stands: one open descriptor a level."""
+
+    handlers: dict[str, Callable[[Operation, int], None]]
+
+    def __init__(self, root: int, limits: Mapping[str, int]) -> None:
+        self._limits = limits
+        self.root = root
+        self._numbers = [0]
+        self._descriptors = [root]
+        self._path_bytes = [0]
+        self._modes: list[int] = []
+        self._times: list[tuple[int, int]] = []  # access and modification, set when the level is left
+        self._remember(os.fstat(root))
+
+    def into(self, operation: Operation) -> int:
+        """Leave directories until the one that the operation names; return its descriptor.
+
+        Raises:
+            RejectedError: it is not on the way from the root to here, or the path gets too long.
+        """
+        numbers = self._numbers
+        while numbers[-1] != operation.into:
+            if numbers[-1] < operation.into or len(numbers) == 1:
+                raise RejectedError("manifest_parent", 0, f"`in` {operation.into} is no directory on the way here")
+            self.leave()
+        if self._path_bytes[-1] + len(operation.name) > protocol.MAX_PATH_BYTES:
+            raise RejectedError("manifest_name", 0, f"a path above {protocol.MAX_PATH_BYTES} bytes")
+        if len(numbers) > self._limits["depth"]:
+            raise RejectedError("manifest_limit", 0, f"a path of more than {self._limits['depth']} components")
+        return self._descriptors[-1]
+
+    def enter(self, parent: int, operation: Operation, entry: int) -> int:
+        """Step into a directory that is really one; return its descriptor."""
+        descriptor = os.open(operation.name, _DIRECTORY, dir_fd=parent)
+        self._numbers.append(entry)
+        self._descriptors.append(descriptor)
+        self._path_bytes.append(self._path_bytes[-1] + len(operation.name) + 1)
+        self._remember(os.fstat(descriptor))
+        return descriptor
+
+    def leave(self) -> None:
+        """Step out of the innermost directory."""
+        self._numbers.pop()
+        self._path_bytes.pop()
+        self._modes.pop()
+        self._times.pop()
+        os.close(self._descriptors.pop())
+
+    def finish(self) -> None:
+        """Step out of everything."""
+        while len(self._numbers) > 1:
+            self.leave()
+
+    def _remember(self, status: os.stat_result) -> None:
+        self._modes.append(status.st_mode)
+        self._times.append((status.st_atime_ns, status.st_mtime_ns))
+
+
+class Writer(Walk):
+    """Makes each operation true."""
+
+    def __init__(self, root: int, payload: int, payload_bytes: int, settings: Mapping[str, Any]) -> None:
+        super().__init__(root, settings["limits"])
+        self._payload = payload
+        self._payload_bytes = payload_bytes
+        self._fifo = settings["populate"]["fifo"]
+        self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        self.handlers = {
+            "enter": self._enter, "remove": self._remove, "dir": self._dir, "meta": self._meta, "file": self._file,
+            "symlink": self._symlink, "link": self._link, "fifo": self._make_fifo, "char": self._device,
+            "block": self._device,
+        }  # fmt: skip
+
+    def leave(self) -> None:
+        """Step out, giving the directory its own times: a dir or meta what it says, any other what it had."""
+        os.utime(self._descriptors[-1], ns=self._times[-1])
+        super().leave()
+
+    def finish(self) -> None:
+        """Step out of everything, the root included."""
+        super().finish()
+        os.utime(self.root, ns=self._times[0])
+
+    def _enter(self, operation: Operation, entry: int) -> None:
+        self.enter(self.into(operation), operation, entry)
+
+    def _remove(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        if operation.is_directory:
+            os.rmdir(operation.name, dir_fd=parent)
+        else:
+            os.unlink(operation.name, dir_fd=parent)
+
+    def _dir(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        os.mkdir(operation.name, 0o700, dir_fd=parent)
+        self._describe(self.enter(parent, operation, entry), operation)
+
+    def _meta(self, operation: Operation, entry: int) -> None:
+        if operation.name:
+            self._describe(self.enter(self.into(operation), operation, entry), operation)
+        elif entry != 1:
+            raise RejectedError("manifest_parent", 0, "only the first operation may describe the root")
+        else:
+            self._describe(self.root, operation)
+
+    def _describe(self, directory: int, operation: Operation) -> None:
+        os.fchown(directory, operation.uid, operation.gid)
+        named = {os.fsdecode(name) for name, _ in operation.xattrs}
+        for name in os.listxattr(directory):
+            if name not in named and (name == protocol.XATTR_CAPABILITY or name.startswith(protocol.XATTR_PREFIX)):
+                os.removexattr(directory, name)
+        for raw_name, value in operation.xattrs:
+            os.setxattr(directory, raw_name, value)
+        os.fchmod(directory, operation.mode)
+        self._modes[-1] = operation.mode
+        self._times[-1] = (operation.mtime_ns, operation.mtime_ns)
+
+    def _file(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        if operation.at + operation.size > self._payload_bytes:
+            raise RejectedError("payload_range", 0, f"content ends behind the payload's {self._payload_bytes} bytes")
+        file = os.open(operation.name, _CREATE, operation.mode & 0o777, dir_fd=parent)
+        try:
+            self._copy(file, operation)
+            if self._owner_differs(operation):
+                os.fchown(file, operation.uid, operation.gid)
+            for name, value in operation.xattrs:
+                os.setxattr(file, name, value)
+            if operation.mode & 0o7000:
+                os.fchmod(file, operation.mode)
+            os.utime(file, ns=(operation.mtime_ns, operation.mtime_ns))
+        finally:
+            os.close(file)
+
+    def _copy(self, file: int, operation: Operation) -> None:
+        digest = hashlib.sha256()
+        at, rest = operation.at, operation.size
+        while rest:
+            chunk = self._buffer[:rest]
+            count = os.preadv(self._payload, [chunk], at)
+            if not count:
+                raise RejectedError("payload_range", 0, "the payload ends early: it was cut while root read it")
+            chunk = chunk[:count]
+            digest.update(chunk)
+            while chunk:
+                chunk = chunk[os.write(file, chunk) :]
+            at += count
+            rest -= count
+        if digest.hexdigest() != operation.sha256:
+            raise RejectedError("payload_digest", 0, f"content is sha256 {digest.hexdigest()}, not {operation.sha256}")
+
+    def _owner_differs(self, operation: Operation) -> bool:
+        """Tell whether creation gave another owner; a setgid directory hands its group down (inode(7))."""
+        return bool(operation.uid or operation.gid or self._modes[-1] & stat.S_ISGID)
+
+    def _symlink(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        os.symlink(operation.target, operation.name, dir_fd=parent)
+        if self._owner_differs(operation):
+            os.chown(operation.name, operation.uid, operation.gid, dir_fd=parent, follow_symlinks=False)
+        self._set_times(operation, parent)
+
+    def _link(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        *folders, name = operation.to
+        holder = self.root
+        try:
+            for folder in folders:
+                below = os.open(folder, _DIRECTORY | os.O_PATH, dir_fd=holder)
+                if holder != self.root:
+                    os.close(holder)
+                holder = below
+            if not stat.S_ISREG(os.stat(name, dir_fd=holder, follow_symlinks=False).st_mode):
+                raise RejectedError("tree_conflict", 0, "a hard link to something that is no regular file")
+            os.link(name, operation.name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
+        finally:
+            if holder != self.root:
+                os.close(holder)
+
+    def _make_fifo(self, operation: Operation, entry: int) -> None:
+        if not self._fifo or operation.mode & 0o7000:
+            raise RejectedError("fifo", 0, "named pipes are not allowed here: [populate] fifo in helper.toml")
+        parent = self.into(operation)
+        os.mknod(operation.name, stat.S_IFIFO | operation.mode, dir_fd=parent)
+        if self._owner_differs(operation):
+            os.chown(operation.name, operation.uid, operation.gid, dir_fd=parent, follow_symlinks=False)
+        self._set_times(operation, parent)
+
+    def _device(self, operation: Operation, entry: int) -> None:
+        raise RejectedError("device_node", 0, "device nodes are never made: populate holds no capability of the host")
+
+    def _set_times(self, operation: Operation, parent: int) -> None:
+        times = (operation.mtime_ns, operation.mtime_ns)
+        os.utime(operation.name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+
+def run(
+    walk: Walk, manifest_file: int, settings: Mapping[str, Any], tell: Callable[[int, int], None]
+) -> tuple[int, int]:
+    """Apply a whole manifest; return how many operations and how many bytes of content it had.
+
+    Raises:
+        RejectedError: the manifest, the payload, or their meeting with the layers below is wrong.
+        OSError: this host's fault.
+    """
+    lines = manifest.lines(manifest_file)
+    header = manifest.parse_header(next(lines, b""), settings["limits"])
+    entry = content_bytes = told_bytes = 0
+    for entry, line in enumerate(lines, 1):
+        operation = manifest.parse(line, entry)
+        content_bytes += operation.size
+        if entry > header.entries or content_bytes > header.content_bytes:
+            break
+        try:
+            walk.handlers[operation.kind](operation, entry)
+        except RejectedError as error:
+            raise RejectedError(error.rule, entry, f"operation {entry}: {error}") from None
+        except OSError as error:
+            if error.errno in _SURPRISES:
+                where = f"operation {entry}, {operation.kind}: {os.strerror(error.errno)}"
+                raise RejectedError("tree_conflict", entry, where) from error
+            raise
+        if entry % _TELL_EVERY_ENTRIES == 0 or content_bytes - told_bytes > _TELL_EVERY_BYTES:
+            tell(entry, content_bytes)
+            told_bytes = content_bytes
+    if (entry, content_bytes) != (header.entries, header.content_bytes):
+        said = f"{header.entries} operations with {header.content_bytes} bytes, found {entry} with {content_bytes}"
+        raise RejectedError("manifest_totals", entry, f"the first line says {said}, or more")
+    walk.finish()
+    return entry, content_bytes

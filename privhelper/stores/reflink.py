@@ -1,0 +1,298 @@
+"""Layers as ext4 images that share their blocks: reflinked files of one XFS, on loop devices.
+
+For hosts and test machines whose kernel has no device-mapper. The pool is one file, <state_dir>/pool.xfs, mounted by
+``pool attach`` at <state_dir>/pool; device N is N.img in it, a copy is FICLONE of its origin's file (ioctl_ficlone(2)).
+
+Limit: the owner of a loop device's node may detach it and put a file of his own behind it (loop(4) asks for no
+capability). So root never mounts a device that was given out, and every look at a device asks which inode it stands on.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+from privhelper import kernel, loops
+from privhelper.stores import ext4
+from privhelper.stores.base import BASE, READY, PoolStatus, StoreError
+
+_MKFS: Final = "/usr/sbin/mkfs.xfs"
+_XFS_MAGIC: Final = 0x58465342
+_FICLONE: Final = 0x40049409
+_IMAGE: Final = re.compile(r"(0|[1-9][0-9]{0,17})\.img", re.ASCII)
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_ATTACH: Final = "attach it as root: imgpull-helper pool attach"
+
+
+class ReflinkStore:
+    """The devices of the pool that is mounted at ``mount_point``."""
+
+    kind: Final = "reflink"
+
+    def __init__(self, settings: Mapping[str, Any], state_dir: str) -> None:
+        self._settings = settings
+        self._mount_point = os.path.join(state_dir, "pool")
+        self._file = os.path.join(state_dir, "pool.xfs")
+
+    def status(self) -> PoolStatus:
+        """Return how the pool is; raises nothing for a pool that is absent or broken."""
+        try:
+            if not self._is_mounted():
+                made = os.path.exists(self._file)
+                return PoolStatus("absent", advice=_ATTACH if made else "make one as root: imgpull-helper pool create")
+            figures = os.statvfs(self._mount_point)
+            with open(os.path.join(self._mount_point, "identity"), encoding="ascii") as file:
+                identity = file.read().strip()
+        except OSError as error:  # EIO: XFS shut itself down
+            return PoolStatus("failed", advice=f"{error}; as root: imgpull-helper pool detach, pool check, pool attach")
+        state = "read_only" if figures.f_flag & os.ST_RDONLY else READY if figures.f_bavail else "out_of_data"
+        total, free = figures.f_blocks * figures.f_frsize, figures.f_bavail * figures.f_frsize
+        return PoolStatus(state, total, total - free, block_bytes=figures.f_frsize, identity=identity)
+
+    def create(self, dev: int, origin: int) -> None:
+        """Make ``dev`` a copy of ``origin``; both stand on the same blocks until one of them is written."""
+        with self._open(origin, os.O_RDONLY) as source:
+            copy = os.open(self._image(dev), _CREATE, 0o600)
+            try:
+                fcntl.ioctl(copy, _FICLONE, source)
+            finally:
+                os.close(copy)
+
+    def delete(self, dev: int) -> None:
+        """Free a device; absent is fine."""
+        self.deactivate(dev)
+        try:
+            os.unlink(self._image(dev))
+        except FileNotFoundError:
+            return
+        self._sync_folder()
+
+    def devices(self) -> set[int]:
+        """Return the numbers that the pool really holds."""
+        return {int(name[:-4]) for name in os.listdir(self._mount_point) if _IMAGE.fullmatch(name)} - {BASE}
+
+    def resize(self, dev: int, size_bytes: int) -> None:
+        """Make an inactive device larger."""
+        with self._open(dev, os.O_RDWR) as image:
+            if os.fstat(image).st_size < size_bytes:
+                os.ftruncate(image, size_bytes)
+
+    def size_bytes(self, dev: int) -> int:
+        """Return how large the block device is."""
+        return os.stat(self._image(dev)).st_size
+
+    def activate(self, dev: int, read_only: bool) -> str:
+        """Put the image behind a loop device and return its path."""
+        if dev in self.active():
+            raise StoreError("busy", f"device {dev} is active already")
+        with self._open(dev, os.O_RDONLY if read_only else os.O_RDWR) as image:
+            loop, path = loops.attach(image, read_only=read_only, autoclear=False)
+            os.close(loop)
+            status = os.fstat(image)
+            if loops.backing_inode(path) != (status.st_dev, status.st_ino):
+                raise StoreError("fault", f"{path} does not stand on the image of device {dev}")
+        return path
+
+    def grant(self, path: str, uid: int) -> None:
+        """Hand the node of an active device to a user."""
+        loops.grant(path, uid)
+
+    def deactivate(self, dev: int) -> None:
+        """Take the loop device away; absent is fine."""
+        path = self.active().get(dev)
+        if path is None:
+            return
+        try:
+            loops.detach(path, self._settings["wait_s"])
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise StoreError("busy", str(error)) from error
+            raise
+
+    def active(self) -> dict[int, str]:
+        """Return each active device and its path. The name only proposes; the inode decides."""
+        found = {}
+        for path, name in loops.backing_names().items():
+            folder, image = os.path.split(name)
+            match = _IMAGE.fullmatch(image)
+            if folder == self._mount_point and match:
+                try:
+                    status = os.stat(name)
+                except FileNotFoundError:
+                    continue
+                if loops.backing_inode(path) == (status.st_dev, status.st_ino):
+                    found[int(match[1])] = path
+        return found
+
+    def settle(self, dev: int) -> None:
+        """Make the image's blocks and its name durable. The loop device wrote past the page cache."""
+        with self._open(dev, os.O_RDWR) as image:
+            os.fsync(image)
+        self._sync_folder()
+
+    def advance(self, expected: int) -> int:
+        """Return 0: a rename or an unlink of a journalling file system is atomic by itself."""
+        return expected
+
+    def _image(self, dev: int) -> str:
+        return os.path.join(self._mount_point, f"{dev}.img")
+
+    @contextmanager
+    def _open(self, dev: int, flags: int) -> Iterator[int]:
+        image = os.open(self._image(dev), flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            yield image
+        finally:
+            os.close(image)
+
+    def _is_mounted(self) -> bool:
+        try:
+            folder = os.open(self._mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            above = os.stat(os.path.dirname(self._mount_point))
+            return os.fstat(folder).st_dev != above.st_dev and kernel.filesystem_magic(folder) == _XFS_MAGIC
+        finally:
+            os.close(folder)
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self._mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class ReflinkPool:
+    """What root does to the pool by command."""
+
+    def __init__(self, settings: Mapping[str, Any], state_dir: str) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._file = os.path.join(state_dir, "pool.xfs")
+        self._mount_point = os.path.join(state_dir, "pool")
+        self._store = ReflinkStore(settings, state_dir)
+
+    def create(self, options: Mapping[str, Any]) -> None:
+        """Make the pool's file under another name, fill it through a detached mount, name it, attach it."""
+        if os.path.exists(self._file):
+            raise StoreError("pool", f"{self._file} exists already; {_ATTACH}")
+        fresh = self._file + ".new"
+        with _discarding(fresh):
+            file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                size_bytes = int(options.get("data_bytes") or self._settings["pool_bytes"])
+                claim = os.posix_fallocate if self._settings["preallocate"] else _extend
+                claim(file, 0, size_bytes)
+                ext4.run([_MKFS, "-q", "-f", "-m", "reflink=1", fresh])
+                self._with_mount(file, self._fill)
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.rename(fresh, self._file)
+        self.attach()
+
+    def attach(self) -> None:
+        """Mount the pool's file; mounted already is fine."""
+        if self._store.status().state != "absent":
+            return
+        if not os.path.exists(self._file):
+            raise StoreError("pool", f"there is no pool: {self._file} is missing")
+        os.makedirs(self._mount_point, 0o700, exist_ok=True)
+        file = os.open(self._file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            self._with_mount(file, lambda mount: kernel.attach_mount(mount, self._mount_point))
+        finally:
+            os.close(file)
+
+    def detach(self) -> None:
+        """Unmount the pool; its loop device goes with it."""
+        if self._store.status().state == "absent":
+            return
+        if self._store.active():
+            raise StoreError("busy", f"active devices: {sorted(self._store.active().values())}")
+        below = [path for path, name in loops.backing_names().items() if name == self._file]
+        try:
+            kernel.unmount(self._mount_point)
+        except OSError as error:
+            raise StoreError("busy" if error.errno == errno.EBUSY else "fault", str(error)) from error
+        for path in below:
+            loops.discard(path)
+
+    def grow(self, options: Mapping[str, Any]) -> None:
+        """Growing the file system in service takes xfs_growfs; detach, lengthen, attach does the same."""
+        raise StoreError("pool", "a reflink pool does not grow in service: make a larger one and pull again")
+
+    def check(self) -> list[str]:
+        """Return what xfs_repair finds wrong in the pool's file; it must be detached."""
+        if self._store.status().state != "absent":
+            raise StoreError("busy", "detach the pool first: imgpull-helper pool detach")
+        try:
+            ext4.run(["/usr/sbin/xfs_repair", "-n", self._file])
+        except StoreError as error:
+            return [str(error)]
+        return []
+
+    def _with_mount(self, file: int, use: Callable[[int], None]) -> None:
+        loop, path = loops.attach(file, read_only=False)
+        try:
+            mount = kernel.mount_detached("xfs", path, [], kernel.MOUNT_ATTR_SAFE)
+        finally:
+            os.close(loop)
+        try:
+            use(mount)
+        finally:
+            os.close(mount)
+
+    def _fill(self, mount: int) -> None:
+        """Write the formatted base and, last, the identity that makes it a pool."""
+        identity = str(uuid.uuid4())
+        root = kernel.open_root(mount)
+        base = os.open("0.img", _CREATE, 0o600, dir_fd=root)
+        os.fchmod(root, 0o700)
+        try:
+            os.ftruncate(base, self._settings["base_bytes"])
+            ext4.format_device(f"/proc/{os.getpid()}/fd/{base}", identity, self._settings)
+            loop, path = loops.attach(base, read_only=False)
+            try:
+                ext4.empty(path)
+            finally:
+                os.close(loop)
+                loops.discard(path)
+            os.fsync(base)
+            with open(os.open("identity", _CREATE, 0o600, dir_fd=root), "w", encoding="ascii") as file:
+                file.write(identity + "\n")
+            kernel.syncfs(root)
+        finally:
+            os.close(base)
+            os.close(root)
+
+
+@contextmanager
+def _discarding(path: str) -> Iterator[None]:
+    """Remove a half-made file when what makes it fails."""
+    try:
+        yield
+    except BaseException:
+        if os.path.exists(path):
+            os.unlink(path)
+        raise
+
+
+def _extend(file: int, offset: int, length: int) -> None:
+    os.ftruncate(file, offset + length)
+
+
+def open_store(settings: Mapping[str, Any], state_dir: str) -> ReflinkStore:
+    """Return the store; nothing is opened yet."""
+    return ReflinkStore(settings, state_dir)
+
+
+def open_pool(settings: Mapping[str, Any], state_dir: str) -> ReflinkPool:
+    """Return the pool; nothing is opened yet."""
+    return ReflinkPool(settings, state_dir)
