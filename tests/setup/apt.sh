@@ -47,10 +47,15 @@ else
     "${as_root[@]}" chmod 755 "$policy"
 fi
 
+installed() {
+    dpkg-query --show --showformat='${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort --unique
+}
+
 install_missing() {
     apt_get install --yes --no-install-recommends "${missing[@]}"
 }
 
+installed_before=$(installed)
 echo "apt-get install ${missing[*]}"
 {
     if ! ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1; then apt_get update; fi
@@ -58,15 +63,15 @@ echo "apt-get install ${missing[*]}"
     install_missing || { apt_get update && install_missing; }
 } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 
-# The servers of the tests are started by the tests, with their own configuration, never by a boot.
-if command -v systemctl >/dev/null; then
-    for name in "${missing[@]}"; do
-        case $name in swift-* | memcached) ;; *) continue ;; esac
-        units=$(dpkg-query --listfiles "$name" | sed -n 's,^\(/usr\)\?/lib/systemd/system/\([^/@]*\.service\)$,\2,p')
-        if [[ -n $units ]]; then
-            # shellcheck disable=SC2086  # one word a unit
-            "${as_root[@]}" systemctl --quiet disable $units >/dev/null 2>&1 ||
-                echo "apt.sh: could not disable: $units" >&2
-        fi
-    done
-fi
+# The servers of the tests are started by the tests, with their own configuration, never by a boot. What Swift's
+# packages bring along (a system logger, cron) is switched off too where it was not wanted before.
+if ! command -v systemctl >/dev/null; then exit 0; fi
+for name in $(comm -13 <(echo "$installed_before") <(installed)); do
+    case $name in swift-* | memcached | rsync | rsyslog | cron | cron-daemon-common | logrotate) ;; *) continue ;; esac
+    mapfile -t units < <(dpkg-query --listfiles "$name" |
+        sed -n 's,^\(/usr\)\?/lib/systemd/system/\([^/@]*\.\(service\|timer\)\)$,\2,p')
+    if [[ ${#units[@]} -ne 0 ]]; then
+        "${as_root[@]}" systemctl --quiet disable "${units[@]}" >/dev/null 2>&1 ||
+            echo "apt.sh: could not disable ${units[*]}" >&2
+    fi
+done
