@@ -123,7 +123,7 @@ class App:
 async def running(settings: Settings, report: Reporter) -> AsyncGenerator[App, None]:
     """Run the program's shared parts for as long as the block lasts."""
     async with AsyncExitStack() as stack:
-        nursery = await stack.enter_async_context(trio.open_nursery(strict_exception_groups=False))
+        nursery = await stack.enter_async_context(trio.open_nursery())
         app = App(settings, report, nursery)
         app.paths.make()
         try:
@@ -135,7 +135,7 @@ async def running(settings: Settings, report: Reporter) -> AsyncGenerator[App, N
 def check_deadline_s() -> float:
     """Return how long one check may take by the wall clock; the checker bounds its own CPU time by the same file."""
     with (POLICY_DIR / "limits.toml").open("rb") as file:
-        return float(tomllib.load(file)["process"]["wall_clock_s"])
+        return float(tomllib.load(file)["run"]["wall_clock_s"])
 
 
 @contextmanager
@@ -152,18 +152,16 @@ def nameless_file(folder: Path) -> Generator[int, None, None]:
 def publish(descriptor: int, path: Path) -> None:
     """Sync a nameless file and give it its name, durably; a file of that name is the same content and stays."""
     os.fsync(descriptor)
-    with suppress(FileExistsError):
-        os.link(f"/proc/self/fd/{descriptor}", path, follow_symlinks=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with suppress(FileExistsError):
+            # Only with a dir_fd does Python call linkat(2), which can follow the link in /proc to the file.
+            os.link(
+                f"/proc/self/fd/{descriptor}", path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True
+            )
+        os.fsync(folder)
     finally:
-        os.close(descriptor)
+        os.close(folder)
 
 
 def copy(source: int, target: int, length: int) -> str:

@@ -28,6 +28,7 @@ from broker.machine import (
     DamagedStateError,
     Engine,
     ForeignStateError,
+    Hooks,
     Lookup,
     Machine,
     Outcome,
@@ -38,12 +39,14 @@ from broker.machine import (
     open_engine,
     open_lookup,
 )
+from broker.machine.signals import leaves
 from broker.reference import Reference, media_of
 from broker.settings import Settings
 from broker.store import Image, Paths
 
 T = TypeVar("T")
 GRACE_S: Final = 3600.0  # a step at work is waited for; the second signal cuts it
+HOOKS = Hooks()  # a test puts its crash points here
 CHANGED_RETRIES: Final = 3  # pulls of an object that changes while it is fetched
 
 
@@ -67,7 +70,13 @@ def _translated() -> Generator[None, None, None]:
 def _run(work: Callable[[], Awaitable[T]]) -> T:
     """Run the asynchronous part of a command."""
     with _translated():
-        return trio.run(work, strict_exception_groups=False)
+        try:
+            return trio.run(work)
+        except BaseExceptionGroup as group:
+            # Nurseries wrap what their tasks raise; the user's error is inside, a bug goes before all others.
+            found = list(leaves(group))
+            bugs = [e for e in found if not isinstance(e, ImgpullError | trio.Cancelled)]
+            raise (bugs or found)[0] from group
 
 
 @asynccontextmanager
@@ -85,6 +94,7 @@ async def _engine(
                 app=app,
                 resume=resume,
                 grace_s=GRACE_S,
+                hooks=HOOKS,
             ) as engine,
         ):
             app.engine = engine

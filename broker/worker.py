@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final, TypeVar
@@ -22,6 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from broker import protocol as wire
 from broker.errors import ImgpullError
 
+CHECK: Final = (sys.executable, "-I", "-m", "unpriv.check")
+FETCH: Final = (sys.executable, "-I", "-m", "unpriv.fetch")
 # The checker gets an empty environment but for the locale, without which libarchive(3) cannot convert names.
 CHECK_ENVIRONMENT: Final = {"LC_ALL": "C.UTF-8"}
 # The fetcher is boto3's home: the user's whole S3 world is in these, and nothing else passes.
@@ -44,13 +46,13 @@ _FETCH: TypeAdapter[wire.FetchReport] = TypeAdapter(wire.FetchReport)
 T = TypeVar("T")
 
 
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
-    """Yield a worker's lines. Raises: ImgpullError `worker-failed` for one that is too long."""
+async def _each_line(stream: trio.abc.ReceiveStream, take: Callable[[bytes], None]) -> None:
+    """Hand over a worker's lines one by one. Raises: ImgpullError `worker-failed` for one that is too long."""
     buffer = bytearray()
     async for chunk in stream:
         buffer += chunk
         while (end := buffer.find(b"\n")) >= 0:
-            yield bytes(buffer[:end])
+            take(bytes(buffer[:end]))
             del buffer[: end + 1]
         if len(buffer) > wire.MAX_LINE:
             raise ImgpullError("worker-failed", "an unprivileged worker sent a line that is too long")
@@ -99,20 +101,19 @@ async def check(
     verdict: wire.Accepted | wire.Rejected | None = None
     last_words = bytearray()
 
-    async def read_reports(stream: trio.abc.ReceiveStream) -> None:
+    def take_report(line: bytes) -> None:
         nonlocal verdict
-        async for line in _lines(stream):
-            report = _parse(_CHECK, line)
-            if isinstance(report, wire.CheckProgress):
-                if progress:
-                    progress(report.done_bytes)
-            elif verdict is not None:
-                raise ImgpullError("worker-failed", "the checker gave two verdicts")
-            else:
-                verdict = report
+        report = _parse(_CHECK, line)
+        if isinstance(report, wire.CheckProgress):
+            if progress:
+                progress(report.done_bytes)
+        elif verdict is not None:
+            raise ImgpullError("worker-failed", "the checker gave two verdicts")
+        else:
+            verdict = report
 
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-I", "-m", "unpriv.check", job.model_dump_json()],
+        [*CHECK, job.model_dump_json()],
         stdin=blob_fd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,8 +125,8 @@ async def check(
     assert process.stdout is not None and process.stderr is not None
     with trio.move_on_after(deadline_s) as scope:
         try:
-            async with trio.open_nursery(strict_exception_groups=False) as nursery:
-                nursery.start_soon(read_reports, process.stdout)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_each_line, process.stdout, take_report)
                 nursery.start_soon(_collect, process.stderr, last_words)
                 await process.wait()
         finally:
@@ -243,17 +244,19 @@ class Fetcher:
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._ended or ImgpullError("worker-failed", "the fetcher ended") from error
 
+    def _take(self, line: bytes) -> None:
+        report = _parse(_FETCH, line)
+        if isinstance(report, wire.Ready):
+            self.ready = report
+            self._is_ready.set()
+        elif report.id in self._waiting:
+            self._waiting[report.id].send_nowait(report)
+
     async def _read(self) -> None:
         """Deal out the fetcher's reports until it ends; then tell everybody who still waits."""
         assert self._process.stdout is not None
         try:
-            async for line in _lines(self._process.stdout):
-                report = _parse(_FETCH, line)
-                if isinstance(report, wire.Ready):
-                    self.ready = report
-                    self._is_ready.set()
-                elif report.id in self._waiting:
-                    self._waiting[report.id].send_nowait(report)
+            await _each_line(self._process.stdout, self._take)
             code = await self._process.wait()
             kind = "configuration" if code == 78 else "s3-unavailable"
             self._ended = ImgpullError(kind, "the fetcher ended early", _ending(code, bytes(self.last_words)))
@@ -274,7 +277,7 @@ async def fetcher(hello: wire.Hello) -> AsyncGenerator[Fetcher, None]:
         if name in FETCH_VARIABLES or name.startswith(FETCH_PREFIXES) or name.endswith(FETCH_SUFFIXES)
     }
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-I", "-m", "unpriv.fetch"],
+        FETCH,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -285,7 +288,7 @@ async def fetcher(hello: wire.Hello) -> AsyncGenerator[Fetcher, None]:
     assert process.stderr is not None
     session = Fetcher(process)
     try:
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(session._read)
             nursery.start_soon(_collect, process.stderr, session.last_words)
             nursery.start_soon(partial(_greet, session, hello))

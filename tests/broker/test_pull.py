@@ -1,0 +1,341 @@
+"""Whole pulls with everything real but the two workers and root: the command, the machines, the state, the wire."""
+
+import json
+import os
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner
+
+from broker import commands, settings, store, worker
+from broker.cli import imgpull
+from broker.errors import ImgpullError
+from tests.broker.fake_helper import FakeHelper
+
+PROGRAMS = Path(__file__).parent / "programs"
+REF = "s3://bucket/images/one"
+
+
+class World:
+    """A bucket in a folder, a fake root helper in a thread, and a user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bucket = folder / "bucket"
+        self.folder = folder
+        self.helper = FakeHelper(folder)
+        self.environ = {"HOME": str(folder), "IMGPULL_HELPER_SOCKET": self.helper.path, "IMGPULL_PROGRESS": "none"}
+
+    def put(self, image: str, *layers: bytes, suffix: str = ".tar") -> None:
+        path = self.bucket / "images" / image
+        path.mkdir(parents=True, exist_ok=True)
+        for number, data in enumerate(layers, 1):
+            (path / f"{number}{suffix}").write_bytes(data)
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(imgpull, list(words), env=self.environ, prog_name="imgpull")
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def paths(self) -> store.Paths:
+        return store.Paths.of(settings.load({}, self.environ))
+
+    def leftovers(self) -> list[Path]:
+        """Files that no finished pull should leave: partial blobs, payloads, files without a meaning."""
+        cache = [p for p in self.paths.cache.rglob("*") if p.is_file() and p.parent.name != "sha256"]
+        return cache + [
+            p
+            for p in self.paths.state.rglob("*")
+            if p.is_file() and p.suffix not in (".jsonl", ".db", ".db-owners", "")
+        ]
+
+    def query(self, sql: str) -> list[Any]:
+        with closing(sqlite3.connect(self.paths.database)) as db:
+            return db.execute(sql).fetchall()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(tmp_path)
+    monkeypatch.setattr(worker, "CHECK", (sys.executable, str(PROGRAMS / "fake_check.py"), str(tmp_path)))
+    monkeypatch.setattr(worker, "FETCH", (sys.executable, str(PROGRAMS / "fake_fetch.py"), str(tmp_path)))
+    monkeypatch.setattr(store.ActivationRow, "is_live", lambda self: self.name in made.helper.activations)
+    started, stop = threading.Event(), []
+
+    async def serve() -> None:
+        async with trio.open_nursery() as nursery:
+            stop.append((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
+            await nursery.start(made.helper.serve)
+            started.set()
+
+    thread = threading.Thread(target=trio.run, args=(serve,))
+    thread.start()
+    started.wait()
+    yield made
+    token, scope = stop[0]
+    token.run_sync_soon(scope.cancel)
+    thread.join()
+
+
+def test_pull_brings_layers_in_and_prints_the_device_alone(world: World) -> None:
+    world.put("one", b"a", b"b")
+    code, out, err = world.run("pull", REF)
+    assert (code, out) == (0, "/dev/null\n")
+    assert "2 layers, 0 of them there already, 2 B fetched" in err
+    assert [row["parent"] is None for row in world.helper.layers.values()] == [True, False]
+    assert list(world.helper.activations) == ["one"]
+    assert world.leftovers() == []
+
+
+def test_second_pull_starts_nothing_and_writes_nothing(world: World) -> None:
+    world.put("one", b"a")
+    world.run("pull", REF)
+    before = (
+        world.paths.database.read_bytes(),
+        world.helper.connections,
+        world.lines("checks"),
+        world.lines("transfers"),
+    )
+    world.bucket.rename(world.folder / "gone")
+    code, out, err = world.run("pull", REF)
+    assert (code, out) == (0, "/dev/null\n")
+    assert "nothing to do" in err
+    assert before == (
+        world.paths.database.read_bytes(),
+        world.helper.connections,
+        world.lines("checks"),
+        world.lines("transfers"),
+    )
+
+
+def test_second_image_shares_lower_layers(world: World) -> None:
+    world.put("one", b"a", b"b", b"c")
+    world.put("two", b"a", b"b", b"d")
+    world.run("pull", REF)
+    code, _, err = world.run("pull", "s3://bucket/images/two")
+    assert code == 0
+    assert "3 layers, 2 of them there already, 1 B fetched" in err
+    assert world.lines("transfers") == ["images/one/1.tar", "images/one/2.tar", "images/one/3.tar", "images/two/3.tar"]
+    assert len(world.lines("checks")) == 4
+    assert world.helper.count("commit") == 4
+
+
+def test_same_bytes_twice_in_one_image_are_two_layers(world: World) -> None:
+    world.put("one", b"a", b"a")
+    assert world.run("pull", REF)[0] == 0
+    assert len(world.helper.layers) == 2
+
+
+def test_single_tarball_is_an_image_of_one_layer(world: World) -> None:
+    world.put("one", b"a", b"b")
+    code, _, _ = world.run("pull", REF + "/2.tar")
+    assert code == 0
+    assert list(world.helper.activations) == ["one-2"]
+    assert len(world.helper.layers) == 1
+
+
+def test_compressed_layer_leaves_no_payload_behind(world: World) -> None:
+    world.put("one", b"a", suffix=".tar.gz")
+    assert world.run("pull", REF)[0] == 0
+    assert world.leftovers() == []
+
+
+def test_attack_in_the_second_layer_is_named_and_nothing_becomes_visible(world: World) -> None:
+    world.put("one", b"a", b"evil")
+    code, out, err = world.run("pull", REF)
+    assert (code, out) == (65, "")
+    assert "images/one/2.tar: refused by rule path_escapes_root" in err
+    assert "layer 2, entry 1, byte 0 ../x\\n: the name leaves the root" in err
+    assert "imgpull explain path_escapes_root" in err
+    assert world.run("ls", "-H")[1] == ""
+    assert world.helper.activations == {}
+    assert world.leftovers() == []
+
+
+def test_refusal_as_json_is_the_last_line_and_complete(world: World) -> None:
+    world.put("one", b"evil")
+    code, out, _ = world.run("pull", REF, "--json")
+    last = json.loads(out.splitlines()[-1])
+    assert (code, last["type"], last["code"], last["exit"]) == (65, "error", "archive-rejected", 65)
+    assert last["details"]["violations"][0]["rule"] == "path_escapes_root"
+
+
+@pytest.mark.parametrize(
+    ("blob", "word"),
+    [(b"die", "killed by its sandbox"), (b"silent", "ended with code 0"), (b"chatty", "sent what it must not")],
+)
+def test_checker_that_gives_no_verdict_refuses_its_archive(world: World, blob: bytes, word: str) -> None:
+    world.put("one", blob)
+    code, _, err = world.run("pull", REF)
+    assert code == 65
+    assert word in err
+    assert world.helper.layers == {}
+
+
+def test_gap_in_the_family_is_refused_before_anything_is_fetched(world: World) -> None:
+    world.put("one", b"a", b"b", b"c")
+    (world.bucket / "images/one/2.tar").unlink()
+    code, _, err = world.run("pull", REF)
+    assert code == 65
+    assert "layer 2 is missing" in err
+    assert world.lines("transfers") == []
+
+
+def test_expected_digests_are_demanded(world: World) -> None:
+    world.put("one", b"a")
+    wrong = "sha256:" + "0" * 64
+    assert world.run("pull", REF, "--expect", wrong)[0] == 65
+    right = "sha256:ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    assert world.run("pull", REF, "--expect", right)[0] == 0
+    # Now the object is known; a demand that it breaks is still refused.
+    assert world.run("pull", REF, "--expect", wrong)[0] == 65
+    assert world.run("pull", REF, "--expect", right, "--expect", right)[0] == 65
+
+
+def test_helper_without_room_ends_with_73_and_keeps_what_was_fetched(world: World) -> None:
+    world.put("one", b"a")
+    world.helper.script["commit"] = lambda _: world.helper.error("no_room", "needs 5 GB, 1 GB is free")
+    code, _, err = world.run("pull", REF)
+    assert code == 73
+    assert "needs 5 GB" in err
+    del world.helper.script["commit"]
+    assert world.run("pull", REF)[0] == 0
+    assert len(world.lines("transfers")) == 1
+
+
+def test_missing_helper_ends_with_69(world: World) -> None:
+    world.put("one", b"a")
+    world.environ["IMGPULL_HELPER_SOCKET"] = str(world.folder / "none")
+    code, _, err = world.run("pull", REF)
+    assert code == 69
+    assert "systemctl enable" in err
+
+
+def test_pool_made_anew_is_filled_again(world: World) -> None:
+    world.put("one", b"a", b"b", suffix=".tar.gz")
+    world.run("pull", REF)
+    world.helper.layers.clear()
+    world.helper.activations.clear()
+    code, _, _ = world.run("pull", REF)
+    assert code == 0
+    assert len(world.helper.layers) == 2
+    assert world.leftovers() == []
+
+
+def test_refresh_tells_what_changed_upstream(world: World) -> None:
+    world.environ["IMGPULL_PROGRESS"] = "plain"
+    world.put("one", b"a", b"b")
+    world.run("pull", REF, "--no-activate")
+    assert "nothing changed" in world.run("pull", REF, "--no-activate", "--refresh")[2]
+    world.put("one", b"a", b"B")
+    code, _, err = world.run("pull", REF, "--no-activate", "--refresh")
+    assert code == 0
+    assert "changed upstream: layers 2" in err
+    assert len(world.helper.layers) == 3
+
+
+def test_name_of_another_image_is_not_taken_over(world: World) -> None:
+    world.put("one", b"a")
+    world.put("two", b"b")
+    world.run("pull", REF)
+    code, _, err = world.run("pull", "s3://bucket/images/two", "--name", "one")
+    assert code == 75
+    assert "activation of s3://bucket/images/one" in err
+
+
+def test_life_of_an_image(world: World) -> None:
+    world.put("one", b"a", b"b")
+    world.put("two", b"a")
+    world.run("pull", REF)
+    world.run("pull", "s3://bucket/images/two", "--no-activate")
+    assert (
+        world.run("ls", "-H", "-p", "-o", "image,layers")[1] == "s3://bucket/images/one\t2\ns3://bucket/images/two\t1\n"
+    )
+    shown = json.loads(world.run("show", "one", "--json")[1])
+    assert [layer["images"] for layer in shown["layers"]] == [2, 1]
+    assert shown["layers"][0]["notes"]["dropped"] == {"xattr_dropped": 1}
+    assert world.run("activate", "two", "--name", "b", "--ro")[1] == "/dev/null\n"
+    assert json.loads(world.run("activate", "two", "--name", "c", "--firecracker")[1])["path_on_host"] == "/dev/null"
+    names = [row["name"] for row in json.loads(world.run("ls", "--activations", "--json")[1])]
+    assert names == ["b", "c", "one"]
+    code, _, err = world.run("rm", "one")
+    assert (code, "activated as one" in err) == (75, True)
+    assert world.run("deactivate", "one")[0] == 0
+    assert world.run("deactivate", "one")[0] == 66
+    code, out, _ = world.run("rm", "one")
+    assert (code, "1 layers removed, 1 kept" in out) == (0, True)
+    assert len(world.helper.layers) == 1
+    assert world.run("show", "one")[0] == 66
+
+
+def test_runs_and_log_tell_each_step(world: World) -> None:
+    world.put("one", b"a")
+    world.run("pull", REF)
+    listed = json.loads(world.run("runs", "--json")[1])
+    assert {(row["machine"], row["state"]) for row in listed} == {("pull", "done"), ("layer", "done")}
+    text = world.run("log", "one")[1]
+    assert all(step in text for step in ("resolve", "layers", "activate", "fetch", "check", "commit"))
+    shown = json.loads(world.run("runs", listed[0]["run"], "--json")[1])
+    assert shown["events"][0]["type"] == "start"
+    assert world.run("runs", "01ZZ")[0] == 66
+
+
+def test_gc_keeps_what_images_need_and_trims_the_cache(world: World) -> None:
+    world.put("one", b"a", b"b")
+    world.run("pull", REF)
+    world.environ["IMGPULL_CACHE_SIZE"] = "1"
+    planned = json.loads(world.run("gc", "--dry-run", "--json")[1])
+    assert (len(planned["blobs"]), planned["layers"]) == (1, [])
+    assert world.run("gc")[0] == 0
+    assert len(os.listdir(world.paths.blob_dir / "sha256")) == 1
+    assert len(world.helper.layers) == 2
+    assert world.run("pull", REF)[0] == 0
+
+
+def test_lost_manifest_is_asked_of_root(world: World) -> None:
+    world.put("one", b"a")
+    world.run("pull", REF)
+    manifest = next(iter((world.paths.state / "manifests").iterdir()))
+    manifest.unlink()
+    world.put("two", b"a", b"b")
+    world.helper.script["manifest"] = lambda _: world.helper.error("fault", "asked")
+    code, _, err = world.run("pull", "s3://bucket/images/two", "--no-activate")
+    assert (code, "asked" in err) == (74, True)
+
+
+def test_version_that_differs_ends_with_76(world: World) -> None:
+    world.put("one", b"a")
+    world.helper.script["hello"] = lambda _: world.helper.error("version", "helper speaks 2")
+    assert world.run("pull", REF)[0] == 76
+
+
+def test_unknown_state_database_is_refused_not_guessed_at(world: World) -> None:
+    world.put("one", b"a")
+    world.paths.state.mkdir(parents=True)
+    world.paths.database.write_bytes(b"not a database, " * 100)
+    code, _, err = world.run("pull", REF)
+    assert code == 74
+    assert "no" in err
+
+
+def test_find_image_that_means_several_is_a_usage_error(world: World) -> None:
+    world.put("one", b"a")
+    (world.bucket / "other").mkdir()
+    (world.bucket / "images/one").joinpath("../../other/one").resolve().mkdir()
+    (world.bucket / "other/one/1.tar").write_bytes(b"z")
+    world.run("pull", REF, "--no-activate")
+    world.run("pull", "s3://bucket/other/one", "--no-activate")
+    with pytest.raises(ImgpullError, match="means 2 images"):
+        commands.find_image(settings.load({}, world.environ), "one")
