@@ -30,7 +30,7 @@ def main() -> int:
         return 0
     print(json.dumps({"type": "progress", "done_bytes": len(data)}), flush=True)
     if data.startswith(b"evil"):
-        violation = {"rule": "path_escapes_root", "layer": job["layer_number"], "entry": 1, "offset": 0}
+        violation: dict[str, Any] = {"rule": "path_escapes_root", "layer": job["layer_number"], "entry": 1, "offset": 0}
         violation |= {"name": "../x\\n", "reason": "the name leaves the root"}
         print(json.dumps({"type": "rejected", "violations": [violation], "complete": True}))
         return 65
@@ -38,14 +38,18 @@ def main() -> int:
     if job["lower"]:
         lower = os.pread(job["lower"][-1], 1 << 20, 0)
         parent = f"sha256:{hashlib.sha256(lower).hexdigest()}"
-    head = {"bytes": len(data), "entries": 1, "format": "imgpull.layer/1", "parent": parent}
-    file = {"at": 0, "gid": 0, "in": 0, "mode": 420, "mtime": 0, "name": "f", "op": "file"}
+    head: dict[str, Any] = {"bytes": len(data), "entries": 1, "format": "imgpull.layer/1", "parent": parent}
+    file: dict[str, Any] = {"at": 0, "gid": 0, "in": 0, "mode": 420, "mtime": 0, "name": "f", "op": "file"}
     file |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "uid": 0, "xattrs": {}}
     manifest = line(head) + line(file)
     os.write(job["manifest_fd"], manifest)
     if job["payload_fd"] is not None:
         os.write(job["payload_fd"], data)
-    report = {"type": "accepted", "layer": f"sha256:{hashlib.sha256(manifest).hexdigest()}", "parent": parent}
+    report: dict[str, Any] = {
+        "type": "accepted",
+        "layer": f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+        "parent": parent,
+    }
     report |= {"manifest_bytes": len(manifest), "payload_bytes": len(data), "entries": 1, "operations": 1}
     print(json.dumps(report | {"content_bytes": len(data), "dropped": {"xattr_dropped": 1}}))
     return 0
