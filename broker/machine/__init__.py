@@ -41,8 +41,8 @@ lock when that process dies; whoever waits for the run then takes it over. Limit
 What is read without an engine: `open_lookup(path)`, which writes nothing at all.
 
 The parts: signals (what may be raised, and the judging of errors), definition (machines and policies), schema, database
-(SQLite's settings, transactions, migrations), records (reading), checking, ledger (writing), ownership (locks), queues, starting,
-view (what a step sees), runner (one run), engine (all runs of a process), opening, hooks.
+(SQLite's settings, transactions, migrations), records (reading), checking, ledger (writing), ownership (locks), queues,
+starting, view (what a step sees), runner (one run), engine (all runs of a process), opening, hooks.
 """
 
 from broker.machine.checking import problems

@@ -62,7 +62,7 @@ class Engine:
     ) -> None:
         self.database, self.app, self.hooks, self.rng = database, app, hooks, rng
         self.lookup = Lookup(database.reader, database.path)
-        self.machines = _by_name(machines, queues)
+        self.machines = {machine.name: machine for machine in machines}
         self.queues = {name: Queue(limit) for name, limit in queues.items()}
         self.draining = False
         self._ownership, self._nursery, self._clock = ownership, nursery, clock
@@ -418,15 +418,18 @@ def _resumed(entry: Entry, seq: int) -> RunRecord:
     return ledger.resume(entry, run) if run.active else run
 
 
-def _by_name(machines: Sequence[Machine[Any]], queues: Mapping[str, int]) -> dict[str, Machine[Any]]:
-    named: dict[str, Machine[Any]] = {}
+def check_setting(machines: Sequence[Machine[Any]], queues: Mapping[str, int]) -> None:
+    """Refuse machines and queues that no engine can run. Raises: DefinitionError."""
+    names: set[str] = set()
+    for name, limit in queues.items():
+        if limit < 1:
+            raise DefinitionError(f"the queue {name} needs at least one place, got {limit}")
     for machine in machines:
         if machine.end_name is None:
             raise DefinitionError(f"{machine.name} has no end")
-        if machine.name in named:
+        if machine.name in names:
             raise DefinitionError(f"two machines are named {machine.name}")
+        names.add(machine.name)
         for step in machine.steps:
             if step.queue is not None and step.queue not in queues:
                 raise DefinitionError(f"{machine.name}.{step.name}: there is no queue {step.queue!r}")
-        named[machine.name] = machine
-    return named

@@ -14,7 +14,7 @@ import trio
 
 from broker.machine.database import APPLICATION_ID, Database
 from broker.machine.definition import Machine
-from broker.machine.engine import Engine, Resume
+from broker.machine.engine import Engine, Resume, check_setting
 from broker.machine.hooks import Hooks
 from broker.machine.ownership import Ownership
 
@@ -48,6 +48,7 @@ async def open_engine(
     Raises: DefinitionError, StateError and its kinds.
     """
     hooks = hooks or Hooks()
+    check_setting(machines, queues or {})
     rng = rng or random.Random()  # noqa: S311  jitter needs no secrecy
     database = await Database.open(path, migrations, application_id, point=hooks.point, patience_s=patience_s)
     failure: BaseException | None = None

@@ -27,8 +27,6 @@ class Queue:
     """A queue of `limit` places."""
 
     def __init__(self, limit: int) -> None:
-        if limit < 1:
-            raise ValueError(f"a queue needs at least one place, got {limit}")
         self.limit = limit
         self.held = 0
         self._waiting: list[Ticket] = []

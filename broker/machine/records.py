@@ -181,11 +181,17 @@ def to_record(row: Sequence[Any]) -> RunRecord:
         fields["ending"] = None if fields["ending"] is None else Ending.decode(fields["ending"])
         fields["wanted"], fields["parked"] = bool(fields["wanted"]), bool(fields["parked"])
         record = RunRecord(**fields)
-        if not 0 <= record.cursor < len(record.steps):
-            raise ValueError(f"cursor {record.cursor} is outside of {len(record.steps)} steps")
+        _check_cursor(record)
     except (ValueError, TypeError) as error:
         raise DamagedStateError(f"run {fields['id']} cannot be read: {error}") from error
     return record
+
+
+def _check_cursor(run: RunRecord) -> None:
+    if not 0 <= run.cursor < len(run.steps):
+        raise ValueError(f"cursor {run.cursor} is outside of {len(run.steps)} steps")
+    if run.cursor == len(run.steps) - 1 and run.ending is None:
+        raise ValueError("all steps are completed, yet no end is decided")
 
 
 # The f-strings below hold nothing but COLUMNS.
@@ -207,6 +213,7 @@ QUERIES: Final[dict[str, str]] = {
     "active_children": "SELECT c.child FROM run_child c JOIN run r ON r.seq = c.child"
     " WHERE c.parent = ? AND r.outcome IS NULL ORDER BY c.child",
     "parents": f"SELECT {COLUMNS} FROM run WHERE seq IN (SELECT parent FROM run_child WHERE child = ?) ORDER BY seq",
+    "quarantined": "SELECT ending FROM run WHERE id = ? AND outcome = 'quarantined'",
     "predecessors": "SELECT r.id, a.policy FROM run_after a JOIN run r ON r.seq = a.predecessor WHERE a.run = ?",
 }
 
@@ -311,11 +318,18 @@ class Lookup:
         """Give how a run ended, None while it is active."""
         if run.outcome is None:
             return None
-        return to_outcome(run, self.results(run))
+        # Of a run that was not understood no result is given out.
+        return to_outcome(run, {} if run.outcome == "quarantined" else self.results(run))
 
     def ended(self, run_id: str) -> Outcome | None:
         """Give how the run with this id ended, None while it is active. Raises: UnknownRunError."""
-        return self.outcome(self.run(run_id))
+        try:
+            return self.outcome(self.run(run_id))
+        except DamagedStateError:
+            # A damaged row that was quarantined has at least an ending of our own writing.
+            for ending in self._all("quarantined", run_id):
+                return _quarantined(run_id, Ending.decode(ending[0]))
+            raise
 
 
 def _readable(rows: Iterable[Sequence[Any]]) -> Iterator[RunRecord]:
@@ -324,6 +338,10 @@ def _readable(rows: Iterable[Sequence[Any]]) -> Iterator[RunRecord]:
             yield to_record(row)
         except DamagedStateError as error:
             log.error("%s", error)
+
+
+def _quarantined(run_id: str, end: Ending) -> Outcome:
+    return Outcome(run_id, "quarantined", end.error_kind, end.reason, {}, None, None, None, {})
 
 
 def to_outcome(run: RunRecord, results: Mapping[str, str], ending: Ending | None = None) -> Outcome:
