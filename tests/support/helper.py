@@ -53,7 +53,8 @@ class Helper:
 
 def device_mapper_is_there() -> bool:
     """Tell whether this kernel offers thin provisioning, after asking for its module."""
-    subprocess.run(["modprobe", "--quiet", "dm-thin-pool"], check=False, stderr=subprocess.DEVNULL)
+    if shutil.which("modprobe"):
+        subprocess.run(["modprobe", "--quiet", "dm-thin-pool"], check=False, stderr=subprocess.DEVNULL)
     return Path("/sys/module/dm_thin_pool").exists()
 
 
