@@ -85,7 +85,10 @@ def _serve(grants: Policy) -> int:
     try:
         connection = Connection(socket.socket(fileno=3), grants.settings["connection"]["send_timeout_s"])
         answers = _answers(grants, connection)
-        answers.reconcile(thorough=False)
+        try:
+            answers.reconcile(thorough=False)
+        except (AnswerError, StoreError, OSError) as error:
+            log(4, f"reconcile: {error}")  # hello says how the pool is, every change is refused with the reason
         serve(connection, grants, answers)
     except ProtocolError as error:
         return _fail(_EX_PROTOCOL, f"hung up: {error}")

@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import os
 import select
+import sqlite3
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from privhelper import kernel, manifest, populate, protocol, sandbox, verify
@@ -253,26 +255,21 @@ class Answers:
         if row is not None and row["state"] != "granted":
             self._await_other(row["dev"])
             row = self._ledger.activation(self._client.uid, name)
-        if row is None:
-            dev = self._create_activation(layer, name, mode, size)
-        else:
-            dev = row["dev"]
-            self._lock(dev)
-            if (row["layer"], row["mode"], row["asked_size"]) != (layer, mode, size):
+        dev = self._create_activation(layer, name, mode, size) if row is None else row["dev"]
+        with self._locked(dev):
+            if row is not None and (row["layer"], row["mode"], row["asked_size"]) != (layer, mode, size):
                 raise AnswerError("busy", f"activation {name} stands already: {row['mode']} on {row['layer']}")
             self._ready()
-        path = self._store.active().get(dev) or self._store.activate(dev, mode == "ro")
-        if row is None:
-            self._ledger.record(dev, "granted")
-        mounts = []
-        if mode == "rw":
+            path = self._store.active().get(dev) or self._store.activate(dev, mode == "ro")
+            size = self._ledger.device(dev)["size"]
+            body = {"device": path, "mode": mode, "name": name, "layer": layer, "size": size}
+            if mode == "ro":
+                return body, [self._mount_read_only(path)]
             self._store.grant(path, self._client.uid)
-        else:
-            attributes = kernel.MOUNT_ATTR_SAFE | kernel.MOUNT_ATTR_RDONLY
-            mounts = [kernel.mount_detached("ext4", path, ["ro"], attributes)]
-        self._ledger.unlock(dev)
-        size = self._ledger.device(dev)["size"]
-        return {"device": path, "mode": mode, "name": name, "layer": layer, "size": size}, mounts
+            return body, []
+
+    def _mount_read_only(self, path: str) -> int:
+        return kernel.mount_detached("ext4", path, ["ro"], kernel.MOUNT_ATTR_SAFE | kernel.MOUNT_ATTR_RDONLY)
 
     def _create_activation(self, layer: str, name: str, mode: str, asked_size: int) -> int:
         origin = self._sealed(layer)["dev"]
@@ -299,9 +296,9 @@ class Answers:
         def finish() -> None:
             self._store.resize(dev, size)
             self._store.settle(dev)
-            self._store.activate(dev, mode == "ro")
+            self._ledger.record(dev, "granted")
 
-        self._guarded(dev, finish, keep_lock=True)
+        self._guarded(dev, finish)
         return dev
 
     def answer_deactivate(self, fields: Message, fds: list[int]) -> tuple[Message, list[int]]:
@@ -309,38 +306,45 @@ class Answers:
         row = self._ledger.activation(self._client.uid, fields["name"])
         if row is None:
             raise AnswerError("not_found", f"no activation {fields['name']} of yours")
-        self._lock(row["dev"])
-        self._ready(_USABLE)
-        self._store.deactivate(row["dev"])
-        self._destroy(row["dev"])
+        with self._locked(row["dev"]):
+            self._ready(_USABLE)
+            self._destroy(row["dev"])
         return {}, []
 
     # ------------------------------------------------------------ layers
 
     def answer_remove(self, fields: Message, fds: list[int]) -> tuple[Message, list[int]]:
         """Drop the caller's claim on a layer, and the layer with the last claim when nothing stands on it."""
-        layer, uid, ledger = fields["layer"], self._client.uid, self._ledger
         self._ready(_USABLE)
+        row = self._ledger.layer(fields["layer"])
+        if row is None:
+            return {"removed": False}, []
+        with self._locked(row["dev"]):
+            removed = self._give_up(fields["layer"], row["dev"])
+            if removed:
+                self._destroy(row["dev"])
+        return {"removed": removed}, []
+
+    def _give_up(self, layer: str, dev: int) -> bool:
+        """Drop the claim; return whether it was the last and the layer is now marked to go."""
+        uid, ledger = self._client.uid, self._ledger
         with ledger.transaction():
-            row = ledger.layer(layer)
-            if row is None:
-                return {"removed": False}, []
-            if row["state"] != "sealed" or not ledger.try_lock(row["dev"]):
-                raise AnswerError("busy", "the layer is being committed")
+            if (row := ledger.layer(layer)) is None or row["dev"] != dev or row["state"] != "sealed":
+                return False
             claims = {claim["uid"] for claim in ledger.all("SELECT uid FROM claim WHERE layer = ?", layer)}
             if uid not in claims and uid != 0:
                 raise AnswerError("refused", "only a user who has committed this layer, or root, may remove it")
-            if claims - {uid} and uid != 0:
+            others = claims - {uid}
+            if others and uid != 0:
                 ledger.one("DELETE FROM claim WHERE layer = ? AND uid = ?", layer, uid)
-                ledger.unlock(row["dev"])
-                return {"removed": False}, []
+                ledger.one("UPDATE device SET uid = ? WHERE dev = ? AND uid = ?", min(others), dev, uid)  # its quota
+                return False
             users = ledger.one(_USERS, layer, layer)[0]
             if users:
                 raise AnswerError("in_use", f"{users} layers or activations stand on it", users=users)
-            ledger.one("UPDATE device SET state = 'removing' WHERE dev = ?", row["dev"])
             ledger.one("DELETE FROM claim WHERE layer = ?", layer)
-        self._destroy(row["dev"])
-        return {"removed": True}, []
+            ledger.one("UPDATE device SET state = 'removing' WHERE dev = ?", dev)
+            return True
 
     def answer_verify(self, fields: Message, fds: list[int]) -> tuple[Message, list[int]]:
         """Compare a sealed layer, by a read-only copy, with its manifest."""
@@ -362,9 +366,7 @@ class Answers:
         return {"files": row["entries"], "bytes": row["bytes"]}, []
 
     def _compare(self, dev: int, file: int) -> None:
-        path = self._store.activate(dev, True)
-        attributes = kernel.MOUNT_ATTR_SAFE | kernel.MOUNT_ATTR_RDONLY
-        mount = kernel.mount_detached("ext4", path, ["ro"], attributes)
+        mount = self._mount_read_only(self._store.activate(dev, True))
 
         def work(root: int, tell: Callable[[int, int], None]) -> tuple[int, int]:
             return populate.run(verify.Reader(root, self._settings), file, self._settings, tell)
@@ -469,7 +471,7 @@ class Answers:
         except BaseException:
             try:
                 self._destroy(dev, in_pool_lock=in_pool_lock)
-            except (StoreError, OSError, AnswerError) as error:
+            except (StoreError, OSError, AnswerError, sqlite3.Error) as error:
                 log(4, f"device {dev} is left for the next start: {error}")
             raise
         if not keep_lock:
@@ -483,6 +485,7 @@ class Answers:
                 self._destroy(dev, in_pool_lock=True)
             self._ledger.unlock(dev)
             return
+        self._ready(_USABLE)  # an absent pool looks like an empty one, and the row would be forgotten
         trans = self._transaction()
         self._ledger.record(dev, "removing")
         self._store.delete(dev)
@@ -490,9 +493,14 @@ class Answers:
             os.unlink(self._manifest_path(dev))
         self._ledger.forget(dev, self._store.advance(trans))
 
-    def _lock(self, dev: int) -> None:
+    @contextmanager
+    def _locked(self, dev: int) -> Iterator[None]:
         if not self._ledger.try_lock(dev):
-            raise AnswerError("busy", "another process of yours is at it")
+            raise AnswerError("busy", "another process is at it")
+        try:
+            yield
+        finally:
+            self._ledger.unlock(dev)
 
     def _await_other(self, dev: int) -> None:
         """Wait until the process that works on a device is done or dead; take apart what a dead one left."""

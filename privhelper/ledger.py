@@ -60,12 +60,16 @@ class Ledger:
         self._database.row_factory = Row
         for pragma in ("journal_mode = DELETE", "synchronous = EXTRA", "foreign_keys = ON", "trusted_schema = OFF"):
             self._database.execute(f"PRAGMA {pragma}")
+        if not self.one("PRAGMA user_version")[0]:
+            self._lay_out()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._locks = os.open(os.path.join(state_dir, "locks"), flags, 0o600)
+
+    def _lay_out(self) -> None:
         with self.transaction():
             if not self.one("PRAGMA user_version")[0]:
                 for statement in _SCHEMA.split(";\n"):
                     self._database.execute(statement)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._locks = os.open(os.path.join(state_dir, "locks"), flags, 0o600)
 
     # ------------------------------------------------------------ reading
 

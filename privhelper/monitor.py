@@ -7,10 +7,12 @@ Rule 3: what breaks the protocol gets no answer. It is logged, and the process e
 """
 
 import array
+import errno
 import fcntl
 import os
 import select
 import socket
+import sqlite3
 import stat
 import struct
 from collections.abc import Callable, Mapping
@@ -133,14 +135,16 @@ def _answer(
         reply = _refusal(error.code, str(error), error.rule, error.entry, error.figures)
     except StoreError as error:
         reply = _refusal(error.code, str(error))
-    except OSError as error:
-        reply = _refusal("fault", str(error))
+    except (OSError, sqlite3.Error) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reply = _refusal("no_room" if full else "fault", str(error))
     except GoneError:
         log(5, f"{who} outcome=gone")
         raise
     if len(returned) > most_returned:
         raise RuntimeError(f"{op} returns {len(returned)} descriptors, policy allows {most_returned}")
-    log(5, f"{who} outcome={reply.get('code', 'ok')} {reply.get('message', '')}".rstrip())
+    result = " ".join(f"{k}={v}" for k, v in body.items() if isinstance(v, str | int))
+    log(5, f"{who} outcome={reply.get('code', 'ok')} {reply.get('message', result)}".rstrip())
     try:
         connection.send(reply, returned)
     finally:

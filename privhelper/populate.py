@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from privhelper import manifest, protocol
@@ -78,6 +78,18 @@ class Walk:
         self._modes.pop()
         self._times.pop()
         os.close(self._descriptors.pop())
+
+    def descend(self, folders: Sequence[bytes]) -> int:
+        """Open a directory from the root, one real directory at a time; the caller closes what is not the root."""
+        holder = self.root
+        for folder in folders:
+            try:
+                below = os.open(folder, _DIRECTORY, dir_fd=holder)
+            finally:
+                if holder != self.root:
+                    os.close(holder)
+            holder = below
+        return holder
 
     def finish(self) -> None:
         """Step out of everything."""
@@ -197,13 +209,8 @@ class Writer(Walk):
     def _link(self, operation: Operation, entry: int) -> None:
         parent = self.into(operation)
         *folders, name = operation.to
-        holder = self.root
+        holder = self.descend(folders)
         try:
-            for folder in folders:
-                below = os.open(folder, _DIRECTORY | os.O_PATH, dir_fd=holder)
-                if holder != self.root:
-                    os.close(holder)
-                holder = below
             if not stat.S_ISREG(os.stat(name, dir_fd=holder, follow_symlinks=False).st_mode):
                 raise RejectedError("tree_conflict", 0, "a hard link to something that is no regular file")
             os.link(name, operation.name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)

@@ -95,13 +95,17 @@ def start(policy: Policy, role: str, mount: int, inputs: Sequence[int], work: Wo
             os._exit(70)  # EX_SOFTWARE: _run ends by itself
     os.close(tell)
     os.close(wait)
+    child = Child(pid, results)
     try:
         if os.read(results, 3) == b"up\n":  # else the child is gone; its end tells why
             _map_ids(pid, mount, policy.settings["populate"])
             os.write(go, b"!")
+    except BaseException:
+        child.end(kill=True)
+        raise
     finally:
         os.close(go)
-    return Child(pid, results)
+    return child
 
 
 def _map_ids(pid: int, mount: int, settings: Mapping[str, Any]) -> None:

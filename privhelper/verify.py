@@ -67,13 +67,11 @@ class Reader(Walk):
 
     def _link(self, operation: Operation, entry: int) -> None:
         mine = os.stat(operation.name, dir_fd=self.into(operation), follow_symlinks=False)
-        holder = os.dup(self.root)
-        for folder in operation.to[:-1]:
-            below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=holder)
+        *folders, name = operation.to
+        holder = self.descend(folders)
+        theirs = os.stat(name, dir_fd=holder, follow_symlinks=False)
+        if holder != self.root:
             os.close(holder)
-            holder = below
-        theirs = os.stat(operation.to[-1], dir_fd=holder, follow_symlinks=False)
-        os.close(holder)
         _must(mine.st_ino == theirs.st_ino, "is no hard link of its target")
 
     def _fifo(self, operation: Operation, entry: int) -> None:
