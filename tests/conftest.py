@@ -18,7 +18,16 @@ import pytest
 
 from tests.layers.families import Family, families
 from tests.setup.installed import installed_copy
-from tests.support.accounts import Account, client_group, remove_abandoned, run_name, temporary_account
+from tests.support.accounts import (
+    TEST_PREFIX,
+    Account,
+    client_group,
+    is_abandoned,
+    remove_abandoned,
+    run_name,
+    temporary_account,
+)  # fmt: skip
+from tests.support.helper import Helper, mend, running_helper
 
 ALLOWED_SKIPS: Final = {  # reason, as a regular expression: why it may be absent in CI
     r"this kernel has no device-mapper": "tests/vm runs the same on a kernel that has it",
@@ -34,6 +43,10 @@ BEFORE: Final = pytest.StashKey[set[str]]()
 @pytest.fixture(scope="session")
 def group() -> Iterator[str]:
     """Return the name of the group that may ask the root helper; it exists."""
+    remove_abandoned()
+    for folder in Path("/var/tmp").glob(f"{TEST_PREFIX}*-helper"):
+        if is_abandoned(folder.name):
+            mend(folder)
     with client_group() as name:
         yield name
 
@@ -41,7 +54,6 @@ def group() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def member(group: str) -> Iterator[Account]:
     """Return an ordinary user who may ask the root helper."""
-    remove_abandoned()
     with temporary_account(run_name("member"), groups=[group]) as account:
         yield account
 
@@ -64,6 +76,14 @@ def outsider() -> Iterator[Account]:
 def installed() -> Path:
     """Return the environment with this tree as a wheel, readable by all: ``installed / "bin/imgpull"``."""
     return installed_copy()
+
+
+@pytest.fixture(scope="module")
+def helper(group: str) -> Iterator[Helper]:
+    """Return the real root helper on a reflink pool of 4 GiB; one a module."""
+    folder = Path(f"/var/tmp/{run_name('helper')}")
+    with running_helper(folder, group) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from tests.demo.tell import BOLD, PLAIN, DemoError, Teller, check, type_as
 from tests.layers.families import Family, families
 from tests.setup.installed import installed_copy
 from tests.support.accounts import Account, client_group
-from tests.support.helper import Helper, device_mapper_is_there, loops_below, running_helper
+from tests.support.helper import Helper, device_mapper_is_there, loops_below, mounts_below, running_helper
 from tests.support.reference import differences, read_device, read_tree, unpack
 
 TOOLS, PYTHON = f"s3://{BUCKET}/images/base-tools", f"s3://{BUCKET}/images/base-python"
@@ -57,7 +57,7 @@ def main() -> int:
             finally:
                 ignore_signals()
         teller.say("stopped and removed: S3 server, root helper, pool, user, files")
-        check(not loops_below(FOLDER) and not FOLDER.exists(), "nothing left behind")
+        check(not (loops_below(FOLDER) or mounts_below(FOLDER) or FOLDER.exists()), "nothing left behind")
         teller.summary()
     except KeyboardInterrupt:
         print("\ninterrupted; everything is cleaned up", file=sys.stderr)

@@ -24,7 +24,7 @@ from typing import Any, Final
 from tests.layers.families import Family
 from tests.support.accounts import Account, temporary_account
 from tests.support.caching import owned_folder
-from tests.support.helper import ROOT, SOCKETS, administer, loops_below
+from tests.support.helper import ROOT, mend
 
 FOLDER: Final = Path("/var/tmp/imgpull-demo")
 HELPER: Final = FOLDER / "imgpull-demo-helper"
@@ -68,22 +68,13 @@ def empty_stage() -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError("another demo is running on this machine") from None
-        _mend()
+        mend(HELPER)
+        shutil.rmtree(FOLDER, ignore_errors=True)
         owned_folder(FOLDER)
         try:
             yield
         finally:
             shutil.rmtree(FOLDER)
-
-
-def _mend() -> None:
-    """Undo what a demo that was killed left: its pool, its devices, its folders. Its user goes when a new one comes."""
-    if (HELPER / "helper.toml").exists():
-        administer(HELPER / "imgpull-helper.pyz", HELPER / "helper.toml", "pool", "detach", check=False)
-    for loop in loops_below(FOLDER):
-        subprocess.run(["losetup", "--detach", loop], check=False)
-    shutil.rmtree(SOCKETS / HELPER.name, ignore_errors=True)
-    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @contextlib.contextmanager

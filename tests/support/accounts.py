@@ -22,7 +22,6 @@ from typing import Any, Final
 
 PREFIX: Final = "imgpull-"  # no account without it is ever removed
 TEST_PREFIX: Final = f"{PREFIX}t"
-HOMES: Final = Path("/var/tmp")
 PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 TERMINAL: Final = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "TZ")
 
@@ -61,7 +60,7 @@ class Account:
 @contextlib.contextmanager
 def temporary_account(name: str, groups: Sequence[str] = ()) -> Iterator[Account]:
     """Make a user with a home of his own, in ``groups`` besides his own; remove him, his home and his processes."""
-    home = HOMES / name
+    home = _home(name)
     _remove(name)
     _run("useradd", "--system", "--no-create-home", "--home-dir", str(home), "--shell", "/usr/sbin/nologin",
          "--user-group", *(["--groups", ",".join(groups)] if groups else []), name)  # fmt: skip
@@ -76,7 +75,7 @@ def temporary_account(name: str, groups: Sequence[str] = ()) -> Iterator[Account
 
 
 def run_name(suffix: str) -> str:
-    """Return the name of an account of this run of the tests."""
+    """Return a name for what this run of the tests makes outside of its own folders."""
     return f"{TEST_PREFIX}{os.getpid()}-{suffix}"
 
 
@@ -98,9 +97,14 @@ def client_group(name: str = "imgpull") -> Iterator[str]:
 def remove_abandoned() -> None:
     """Remove the accounts of runs that are no more."""
     for entry in pwd.getpwall():
-        match = re.fullmatch(rf"{TEST_PREFIX}(\d+)-\w+", entry.pw_name)
-        if match and not Path(f"/proc/{match[1]}").exists():
+        if is_abandoned(entry.pw_name):
             _remove(entry.pw_name)
+
+
+def is_abandoned(name: str) -> bool:
+    """Tell whether ``name`` comes from ``run_name`` in a process that is no more."""
+    match = re.fullmatch(rf"{TEST_PREFIX}(\d+)-\w+", name)
+    return match is not None and not Path(f"/proc/{match[1]}").exists()
 
 
 def _remove(name: str) -> None:
@@ -112,7 +116,11 @@ def _remove(name: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         _run("userdel", name)
-    shutil.rmtree(HOMES / name, ignore_errors=True)
+    shutil.rmtree(_home(name), ignore_errors=True)
+
+
+def _home(name: str) -> Path:
+    return Path(f"/var/tmp/home-of-{name}")  # a name that nothing else is called by: it is removed as a whole
 
 
 def _processes_of(uid: int) -> list[int]:

@@ -21,6 +21,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PYTHON: Final = "/usr/bin/python3"
+LISTENER: Final = "listener.pid"
 SOCKETS: Final = Path("/run")
 START_S: Final = 10.0
 STOP_S: Final = 10.0
@@ -78,10 +79,32 @@ def running_helper(
             yield Helper(socket, zipapp, config, log, pid)
     finally:
         administer(zipapp, config, "pool", "detach")
-        left = loops_below(folder)
+        left = [*loops_below(folder), *mounts_below(folder)]
         if left:
             raise RuntimeError(f"the helper left {left}; its log is {log}")
         shutil.rmtree(folder)
+
+
+def mend(folder: Path) -> None:
+    """Undo what a ``running_helper`` that was killed left in ``folder``; its processes end with their listener."""
+    zipapp, config, listener = folder / "imgpull-helper.pyz", folder / "helper.toml", folder / LISTENER
+    if listener.exists():
+        _kill_listener(int(listener.read_text()), zipapp)
+    if config.exists():
+        administer(zipapp, config, "pool", "detach", check=False)
+    for point in mounts_below(folder):
+        subprocess.run(["umount", point], check=False)
+    for loop in loops_below(folder):
+        subprocess.run(["losetup", "--detach", loop], check=False)
+    shutil.rmtree(SOCKETS / folder.name, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_listener(pid: int, zipapp: Path) -> None:
+    """End the listener that an earlier run started, if that process id is still it."""
+    with contextlib.suppress(OSError):
+        if os.fsencode(zipapp) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -98,6 +121,7 @@ def listening(name: str, group: str, zipapp: Path, config: Path, log: Path) -> I
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
                                        start_new_session=True)  # fmt: skip
+        (config.parent / LISTENER).write_text(str(process.pid))
         try:
             _wait_for(socket, process, log)
             shutil.chown(socket, "root", group)
@@ -140,6 +164,12 @@ def children(pid: int) -> list[int]:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
                 found.append(int(stat.parent.name))
     return sorted(found)
+
+
+def mounts_below(folder: Path) -> list[str]:
+    """Return the mount points below ``folder``, the last mounted first."""
+    points = (line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [point for point in points if point.startswith(f"{folder}/")][::-1]
 
 
 def loops_below(folder: Path) -> list[str]:
