@@ -268,10 +268,18 @@ def deactivate(settings: Settings, *, name: str, as_json: bool) -> int:
 
 
 def rm(settings: Settings, *, image: str, as_json: bool) -> int:
-    """Remove an image."""
-    chosen = find_image(settings, image)
+    """Remove an image; also one whose removal was interrupted after it became invisible."""
     from broker import work
 
+    try:
+        chosen = find_image(settings, image)
+    except ImgpullError:
+        removed = work.finish_removal(settings, image)
+        if removed is None:
+            raise
+        text = f"removed {console.escape(image)}, which was interrupted: {len(removed)} layers removed"
+        _result("rm", as_json, text, image=image, layers=removed)
+        return 0
     removed = work.remove(settings, chosen)
     kept = chosen.layers - len(removed)
     text = f"removed {console.escape(chosen.ref)}: {len(removed)} layers removed"

@@ -288,9 +288,13 @@ async def _commit(run: Run[LayerRequest], root: Helper, checked: Checked) -> boo
         )
     if layer != checked.layer:
         raise ImgpullError("bug", "root computed another id for the layer", f"{layer}, not {checked.layer}")
-    if asked.media != "tar":
-        path.unlink(missing_ok=True)
     return existed
+
+
+async def drop_payload(run: Run[LayerRequest], outcome: Outcome) -> None:
+    """Remove the uncompressed tar of a compressed layer, however its run ends."""
+    if run.request.media != "tar" and "fetch" in outcome.results:
+        _app(run).paths.payload(outcome.result("fetch", Blob).digest).unlink(missing_ok=True)
 
 
 LAYER: Machine[LayerRequest] = (
@@ -298,6 +302,7 @@ LAYER: Machine[LayerRequest] = (
     .start("fetch", fetch_layer, result=Blob, retry=NETWORK)
     .to("check", check_layer, result=Checked, retry=LOCAL)
     .to("commit", commit_layer, result=Committed, retry=ROOT)
+    .finalise(drop_payload)
     .end("sealed")
 )
 

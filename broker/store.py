@@ -458,19 +458,33 @@ def forget_image(db: sqlite3.Connection, image: int) -> None:
     db.execute("DELETE FROM image WHERE id = ?", (image,))
 
 
+def pull_key(ref: str, endpoint: str) -> str:
+    """Return the key of an image's pull: one is at work at a time."""
+    return f"{endpoint} {ref}"
+
+
 def quick_lookup(paths: Paths, ref: str, endpoint: str, name: str | None) -> tuple[Image, ActivationRow | None] | None:
-    """Return a ready image and its live activation: all that a pull with nothing to do needs. It writes nothing."""
+    """Return a ready image and its live activation: all that a pull with nothing to do needs. It writes nothing.
+
+    None where there is something to do: also a pull that was killed in its last moment and has not been ended yet.
+    """
     connection = open_readonly(paths.database)
     if connection is None:
         return None
     with closing(connection) as db:
         try:
             image = image_by_ref(db, ref, endpoint)
-            if image is None or name is None:
-                return (image, None) if image else None
-            given = activation(db, name)
+            given = activation(db, name) if name is not None else None
+            unfinished = query_one(
+                db,
+                "SELECT 1 FROM run WHERE machine = 'pull' AND key = ? AND outcome IS NULL",
+                (pull_key(ref, endpoint),),
+            )
         except sqlite3.DatabaseError:
             return None  # the pull itself opens the state and says what is wrong with it
-    return (
-        (image, given) if given and given.image == image.id and given.layer == image.top and given.is_live() else None
-    )
+    if image is None or unfinished:
+        return None
+    if name is None:
+        return image, None
+    live = given and given.image == image.id and given.layer == image.top and given.is_live()
+    return (image, given) if live else None

@@ -166,7 +166,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
     async with _engine(settings, report) as (app, engine):
         before = await app.read(store.image_by_ref, request.ref, request.endpoint.endpoint_url or "")
         old = await app.read(store.image_layers, before.id) if before else []
-        key = f"{request.endpoint.endpoint_url or ''} {request.ref}"
+        key = store.pull_key(request.ref, request.endpoint.endpoint_url or "")
         outcome = await _do(engine, machines.PULL, key, request)
         if request.name is None:
             device = None
@@ -227,10 +227,30 @@ def remove(settings: Settings, image: Image) -> list[str]:
     async def work() -> list[str]:
         async with _engine(settings, Reporter()) as (_, engine):
             request = machines.RemoveRequest(ref=image.ref, endpoint=image.endpoint)
-            outcome = await _do(engine, machines.REMOVE, f"{image.endpoint} {image.ref}", request)
+            outcome = await _do(engine, machines.REMOVE, store.pull_key(image.ref, image.endpoint), request)
             return list(outcome.result("layers", machines.Removed).layers)
 
     return _run(work)
+
+
+def finish_removal(settings: Settings, word: str) -> list[str] | None:
+    """Go on with the interrupted removal of an image. Returns: the layers removed, None if there was no such removal."""
+    with looking(settings) as lookup:
+        found = lookup.runs("remove", active_only=True) if lookup else []
+    wanted = word.rstrip("/")
+    for record in found:
+        ref = machines.RemoveRequest.model_validate_json(record.request).ref.rstrip("/")
+        if wanted in (ref, ref.rsplit("/", 1)[-1]):
+            return _run(partial(_resume_removal, settings, record.id))
+    return None
+
+
+async def _resume_removal(settings: Settings, run_id: str) -> list[str]:
+    async with _engine(settings, Reporter()) as (_, engine):
+        outcome = await engine.wait(run_id)
+        if not outcome.ok:
+            raise ImgpullError.of(machines.problem_of(outcome))
+        return list(outcome.result("layers", machines.Removed).layers)
 
 
 def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""kill -9 at every commit of every machine; the next run ends right, with each effect there exactly once.
+
+The points are not listed here: a run without a kill names those that it passes, then each is the last one of a run of
+its own. The processes are forked from this one, so that a run costs no imports.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker import work
+from broker.machine import Hooks
+from broker.pull import MACHINES
+from tests.broker.fake_helper import HangUpError
+from tests.broker.test_pull import REF, World, world
+
+__all__ = ["world"]
+OTHER = "s3://bucket/images/two"
+killed: list[str] = []
+
+
+def in_child(world: World, words: list[str], point: Callable[[str], None] | None) -> int:
+    """Run one command in a forked process; return its exit status, negative for a signal."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        signal.alarm(60)  # a run that hangs dies as SIGALRM and fails its test
+        if point is not None:
+            work.HOOKS = Hooks(point=point)
+        code, out, err = world.run(*words)
+        (world.folder / "last").write_text(out + err)
+        os._exit(code)
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(99)
+
+
+def points_of(world: World, words: list[str]) -> list[str]:
+    """Run a command to its end and return the commit points that it passed, in order."""
+    path = world.folder / "points"
+    path.write_text("")
+
+    def note(name: str) -> None:
+        with path.open("a") as file:
+            file.write(name + "\n")
+
+    assert in_child(world, words, note) == 0, (world.folder / "last").read_text()
+    return path.read_text().splitlines()
+
+
+def die_at(number: int) -> Callable[[str], None]:
+    """Return a hook that kills the process at its `number`-th point, counted from 0."""
+    seen = [0]
+
+    def point(name: str) -> None:
+        if seen[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen[0] += 1
+
+    return point
+
+
+def reset(world: World) -> None:
+    for path in (world.paths.state, world.paths.cache):
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+    world.helper.layers.clear()
+    world.helper.activations.clear()
+    world.helper.requests.clear()
+
+
+def assert_sound(world: World) -> None:
+    """Nothing is left over, nothing is at work, and the state agrees with root."""
+    assert world.leftovers() == []
+    assert world.query("PRAGMA integrity_check") == [("ok",)]
+    assert world.query("PRAGMA foreign_key_check") == []
+    assert world.query("SELECT id, machine FROM run WHERE outcome IS NULL") == []
+    committed = {row[0] for row in world.query("SELECT id FROM layer WHERE committed = 1")}
+    assert committed == set(world.helper.layers)
+    assert {row[0] for row in world.query("SELECT name FROM activation")} == set(world.helper.activations)
+    manifests = {f"sha256:{p.stem}" for p in (world.paths.state / "manifests").iterdir()}
+    assert manifests == {row[0] for row in world.query("SELECT id FROM layer")}
+
+
+def pulled(world: World) -> None:
+    assert json.loads(world.run("ls", "--json")[1])[0]["image"] == REF
+    assert len(world.helper.layers) == 2
+    assert list(world.helper.activations) == ["one"]
+
+
+def prepare_nothing(world: World) -> None:
+    world.put("one", b"a", b"b", suffix=".tar.gz")
+
+
+def prepare_pulled(world: World) -> None:
+    prepare_nothing(world)
+    assert in_child(world, ["pull", REF], None) == 0
+
+
+def prepare_inactive(world: World) -> None:
+    prepare_nothing(world)
+    assert in_child(world, ["pull", REF, "--no-activate"], None) == 0
+
+
+def prepare_garbage(world: World) -> None:
+    """Leave a layer that no image stands on: a pull whose second layer is refused."""
+    world.put("one", b"a", b"evil")
+    assert in_child(world, ["pull", REF], None) == 65
+
+
+SCENARIOS: dict[str, tuple[list[str], Callable[[World], None], Callable[[World], None], tuple[int, ...]]] = {
+    "pull": (["pull", REF], prepare_nothing, pulled, (0,)),
+    "activate": (["activate", "one"], prepare_inactive, pulled, (0,)),
+    "deactivate": (["deactivate", "one"], prepare_pulled, lambda w: _is(w.helper.activations, {}), (0, 66)),
+    "remove": (["rm", "one"], prepare_inactive, lambda w: _is(w.helper.layers, {}), (0, 66)),
+    "collect": (["gc"], prepare_garbage, lambda w: _is(w.helper.layers, {}), (0,)),
+}
+
+
+def _is(found: object, wanted: object) -> None:
+    assert found == wanted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_count(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    print(f"\nbroker killed at {len(killed)} commit points of {len({p.split(':')[0] for p in killed})} machines")
+    crashes = [item for item in request.session.items if item.path == request.path and "kill" in item.name]
+    if len(crashes) == len(SCENARIOS) + 1:  # the whole module was asked for
+        assert len(killed) >= 200
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_kill_at_every_commit(name: str, world: World) -> None:
+    words, prepare, check, codes = SCENARIOS[name]
+    prepare(world)
+    points = points_of(world, words)
+    assert points, "a run that commits nothing is no run"
+    check(world)
+    for number, point in enumerate(points):
+        reset(world)
+        prepare(world)
+        assert in_child(world, words, die_at(number)) == -signal.SIGKILL, point
+        assert in_child(world, words, None) in codes, (point, (world.folder / "last").read_text())
+        check(world)
+        assert_sound(world)
+        killed.append(point)
+
+
+def test_kill_twice_also_while_resuming(world: World) -> None:
+    prepare_nothing(world)
+    first = points_of(world, ["pull", REF])
+    for number in range(0, len(first), 2):
+        second = 0
+        while True:
+            reset(world)
+            assert in_child(world, ["pull", REF], die_at(number)) == -signal.SIGKILL
+            if in_child(world, ["pull", REF], die_at(second)) != -signal.SIGKILL:
+                break
+            assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
+            pulled(world)
+            assert_sound(world)
+            killed.append(f"pull:again:{number}:{second}")
+            second += 4
+
+
+def test_two_interrupted_runs_of_two_machines_are_both_resumed(world: World) -> None:
+    prepare_inactive(world)
+    world.put("two", b"a", b"c", suffix=".tar.gz")
+    for number in (2, 7, 13, 19):
+        assert in_child(world, ["pull", OTHER], die_at(number)) == -signal.SIGKILL
+        assert in_child(world, ["activate", "one", "--name", f"n{number}"], die_at(1)) == -signal.SIGKILL
+        killed.extend([f"pull:two:{number}", f"activate:two:{number}"])
+    assert in_child(world, ["resume"], None) == 0
+    assert set(world.helper.activations) == {"two", "n2", "n7", "n13", "n19"}
+    assert len(world.helper.layers) == 3
+    assert_sound(world)
+
+
+@pytest.mark.parametrize("op", ["hello", "stat", "commit", "activate"])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_helper_that_dies_is_asked_again(op: str, side: str, world: World) -> None:
+    prepare_nothing(world)
+    deaths: list[str] = []
+    normal = getattr(world.helper, f"on_{op}")
+
+    def dying(request: dict[str, Any], descriptors: list[int]) -> list[dict[str, Any]]:
+        if deaths:
+            answers: list[dict[str, Any]] = normal(request, descriptors)
+            return answers
+        deaths.append(op)
+        if side == "after":
+            normal(request, descriptors)
+        raise HangUpError
+
+    setattr(world.helper, f"on_{op}", dying)
+    assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
+    assert deaths == [op]
+    pulled(world)
+    assert_sound(world)
+
+
+@pytest.mark.parametrize("program", ["CHECK", "FETCH"])
+def test_worker_that_is_killed_leaves_nothing(program: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from broker import worker
+
+    prepare_nothing(world)
+    good = getattr(worker, program)
+    monkeypatch.setattr(worker, program, ("/bin/sh", "-c", "kill -9 $$"))
+    assert in_child(world, ["pull", REF], None) in (65, 69)
+    assert world.leftovers() == []
+    monkeypatch.setattr(worker, program, good)
+    assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
+    pulled(world)
+    assert_sound(world)
+
+
+def test_every_machine_has_a_scenario() -> None:
+    assert {m.name for m in MACHINES} - set(SCENARIOS) == {"layer"}  # every pull has some
+
+
+def test_points_of_the_scenarios_are_points_of_the_definitions(world: World) -> None:
+    defined = {point for machine in MACHINES for point in machine.points}
+    for words, prepare, _, _ in SCENARIOS.values():
+        reset(world)
+        prepare(world)
+        passed = points_of(world, words)
+        assert {p for p in passed if not p.startswith(("migrate", "program"))} <= defined
+
+
+def test_refused_image_leaves_no_payload_of_its_good_layers(world: World) -> None:
+    world.put("one", b"a", b"evil", suffix=".tar.zst")
+    assert in_child(world, ["pull", REF], None) == 65
+    assert world.leftovers() == []
+
+
+def test_partial_file_is_never_published(world: World, tmp_path: Path) -> None:
+    """A manifest has no name until it is whole: kill the checker's side at any moment and the folder stays empty."""
+    world.put("one", b"die")
+    assert in_child(world, ["pull", REF], None) == 65
+    assert list((world.paths.state / "manifests").iterdir()) == []
