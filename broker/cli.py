@@ -134,6 +134,23 @@ def pull(**arguments: Any) -> None:
     _run("pull", **arguments)
 
 
+@imgpull.command()
+@click.argument("ref")
+@s3_options
+@common
+def plan(**arguments: Any) -> None:
+    """Show what `pull REF` would do: bytes to fetch, layers that are here, room in the pool. Nothing is done."""
+    _run("plan", **arguments)
+
+
+@imgpull.command()
+@list_options
+@common
+def df(**arguments: Any) -> None:
+    """Show what each image takes in the pool, alone and shared, and how many more would fit."""
+    _run("df", **arguments)
+
+
 @imgpull.command(name="ls")
 @click.option("--activations", is_flag=True, help="List the devices given out instead of the images.")
 @list_options
@@ -153,6 +170,7 @@ def show(**arguments: Any) -> None:
 
 @imgpull.command()
 @click.argument("image")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--name", help="Name of the activation; the default is the last word of the image's reference.")
 @click.option("--ro", "mode", flag_value="ro", help="A read-only device.")
 @click.option("--rw", "mode", flag_value="rw", default="rw", help="A snapshot of your own to write to (default).")
@@ -160,7 +178,11 @@ def show(**arguments: Any) -> None:
 @click.option("--firecracker", is_flag=True, help="Print the drive's JSON for Firecracker's API.")
 @common
 def activate(**arguments: Any) -> None:
-    """Give out a device with the image IMAGE; print it."""
+    """Give out a device with the image IMAGE; print it.
+
+    With --ro, a COMMAND after `--` runs inside a read-only mount of it that no path reaches:
+    `imgpull activate --ro golang -- find . -perm -4000`.
+    """
     _run("activate", **arguments)
 
 

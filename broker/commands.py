@@ -216,6 +216,74 @@ def _pulled(as_json: bool, quiet: bool, ref: str, top: str, device: str | None, 
     _result("pull", as_json, device or top, image=ref, top=top, device=device, changed=summary is not None, **numbers)
 
 
+PLAN_COLUMNS = [
+    Column("layer", lambda r: r["layer"], str, right=True),
+    Column("state", lambda r: r["state"]),
+    Column("fetch", lambda r: r["fetch_bytes"], console.size, right=True),
+    Column("store", lambda r: 0 if r["state"] == "here" else r["bytes"], console.size, right=True),
+    Column("object", lambda r: r["object"]),
+]
+
+
+def plan(settings: Settings, *, ref: str, as_json: bool) -> int:
+    """Show what a pull would do."""
+    from broker import work
+
+    found = work.plan(settings, Reference.parse(ref))
+    if as_json:
+        _print_json(found)
+        return 0
+    _table(found["layers"], PLAN_COLUMNS)
+    inexact = any(not row["exact"] and row["state"] != "here" for row in found["layers"])
+    print(f"\nto fetch       {console.size(found['fetch_bytes'])}")
+    stored = sum(row["bytes"] for row in found["layers"] if row["state"] != "here")
+    print(f"to store       {'at least ' if inexact else ''}{console.size(stored)}")
+    print(f"asked of root  {found['commits']} commits, 1 activation")
+    if found["pool"] is None:
+        print("pool           unknown: the root helper does not answer")
+    else:
+        print(f"pool           {'has room' if found['fits'] else 'HAS NO ROOM'}: {_pool_share(found['pool'])}")
+    return 0 if found["fits"] is not False else 73
+
+
+def _pool_share(figures: dict[str, Any]) -> str:
+    return _share(figures["data_used_bytes"], figures["data_bytes"])
+
+
+def df(settings: Settings, **options: Any) -> int:
+    """Show what each image takes, alone and shared, and how many more of its size would fit."""
+    from broker import work
+
+    connection = store.open_readonly(Paths.of(settings).database)
+    rows: list[dict[str, Any]] = []
+    if connection is not None:
+        with closing(connection) as db:
+            rows = [dict(row) for row in store.usage(db)]
+    greeting, _, _ = work.inventory(settings)
+    figures = greeting["pool"]
+    free = figures["data_bytes"] - figures["data_used_bytes"] - figures.get("reserved_bytes", 0)
+    for row in rows:
+        row["fit"] = max(0, free) // max(1, row["exclusive"] + row["shared"])
+    as_json = options.pop("as_json")
+    if as_json:
+        _print_json({"images": rows, "pool": figures, "store": greeting["store"]})
+        return 0
+    _table(rows, DF_COLUMNS, **options)
+    if not options["no_header"]:
+        print(f"\ndata      {_pool_share(figures)}")
+        if figures.get("metadata_bytes"):
+            print(f"metadata  {_share(figures['metadata_used_bytes'], figures['metadata_bytes'])}")
+    return 0
+
+
+DF_COLUMNS = [
+    Column("image", lambda r: r["ref"]),
+    Column("exclusive", lambda r: r["exclusive"], console.size, right=True),
+    Column("shared", lambda r: r["shared"], console.size, right=True),
+    Column("more_would_fit", lambda r: r["fit"], str, right=True),
+]
+
+
 def _name(name: str | None, default: str) -> str:
     if name is not None and not NAME.fullmatch(name):
         raise UsageError(
@@ -233,14 +301,26 @@ def _size(text: str | None) -> int:
 
 
 def activate(
-    settings: Settings, *, image: str, name: str | None, mode: str, size: str | None, firecracker: bool, as_json: bool
+    settings: Settings,
+    *,
+    image: str,
+    command: tuple[str, ...],
+    name: str | None,
+    mode: str,
+    size: str | None,
+    firecracker: bool,
+    as_json: bool,
 ) -> int:
     """Give out one more device of an image."""
+    if command and mode != "ro":
+        raise UsageError("a command runs inside a read-only activation only", advice="add --ro")
     chosen = find_image(settings, image)
     from broker import work
 
     wanted = _name(name, Reference.parse(chosen.ref).default_name)
     given = work.activate(settings, chosen, wanted, mode, _size(size))
+    if command:
+        return work.inside(settings, given, list(command))
     if firecracker:
         # Firecracker API, PUT /drives/{drive_id}: https://github.com/firecracker-microvm/firecracker, firecracker.yaml
         drive = {

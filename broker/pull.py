@@ -355,7 +355,11 @@ class Activated(Model):
 
 async def resolve(run: Run[PullRequest]) -> Resolved:
     """Ask S3 which layers the image has and pin them."""
-    app, asked = _app(run), run.request
+    return await pin_layers(_app(run), run.request)
+
+
+async def pin_layers(app: App, asked: PullRequest) -> Resolved:
+    """Return the layers of an image as they lie in S3 now."""
     ref = Reference.parse(asked.ref)
     session = await app.fetcher(asked.endpoint)
     if ref.family:

@@ -336,6 +336,21 @@ def content_bytes(db: sqlite3.Connection, layer: str) -> int:
     return int(row["content_bytes"]) if row else 0
 
 
+def usage(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """Return for each image the bytes of files in its own layers (`exclusive`) and in those that others have too."""
+    return query(
+        db,
+        """
+        SELECT image.ref,
+               coalesce(sum(layer.content_bytes) FILTER (WHERE used.images = 1), 0) AS exclusive,
+               coalesce(sum(layer.content_bytes) FILTER (WHERE used.images > 1), 0) AS shared
+          FROM image JOIN image_layer ON image_layer.image = image.id JOIN layer ON layer.id = image_layer.layer
+          JOIN (SELECT layer, count(DISTINCT image) AS images FROM image_layer GROUP BY layer) AS used
+            ON used.layer = layer.id
+         GROUP BY image.id ORDER BY image.id""",
+    )
+
+
 def unused_layers(db: sqlite3.Connection) -> list[str]:
     """Return the layers that no image stands on, each before its parent."""
     rows = query(

@@ -193,6 +193,57 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         return Pulled(layers.layers[-1], device, summary)
 
 
+def plan(settings: Settings, reference: Reference) -> dict[str, Any]:
+    """Return what a pull would do now: a row a layer, and sums. Nothing is done but asking S3 and the helper."""
+    request = machines.PullRequest(ref=str(reference), endpoint=endpoint_of(settings), name=reference.default_name)
+
+    async def work() -> dict[str, Any]:
+        async with _engine(settings, Reporter()) as (app, _):
+            resolved = await machines.pin_layers(app, request)
+            keys = machines.chain_keys(resolved, app.limits, [])
+            rows = [await _plan_layer(app, resolved.origin, s, k) for s, k in zip(resolved.layers, keys, strict=True)]
+            pool = None
+            try:
+                async with app.helper() as root:
+                    pool = root.greeting["pool"]
+            except ImgpullError as error:
+                app.report.notice(error.problem.what)
+            new = [row for row in rows if row["state"] != "here"]
+            return {
+                "image": str(reference),
+                "layers": rows,
+                "fetch_bytes": sum(row["fetch_bytes"] for row in rows),
+                "commits": len(new),
+                "pool": pool,
+                "fits": None if pool is None else _fits(pool, sum(row["bytes"] for row in new)),
+            }
+
+    return _run(work)
+
+
+def _fits(pool: dict[str, Any], wanted_bytes: int) -> bool:
+    free = pool["data_bytes"] - pool["data_used_bytes"] - pool.get("reserved_bytes", 0)
+    return bool(pool["state"] == "ready" and wanted_bytes <= free)
+
+
+async def _plan_layer(app: App, origin: str, spec: machines.LayerSpec, key: str) -> dict[str, Any]:
+    known = await app.read(store.chained, key)
+    committed = known is not None and await app.read(store.is_committed, known[0])
+    digest = await app.read(store.known_digest, origin, spec.pin.bucket, spec.pin.etag, spec.pin.size)
+    cached = digest is not None and app.paths.blob(digest).exists()
+    state = "here" if committed else "checked" if known else "fetched" if cached else "new"
+    # A compressed layer that was never checked tells its size only when it is unpacked: its own bytes are the least.
+    content = await app.read(store.content_bytes, known[0]) if known else spec.pin.size
+    return {
+        "layer": spec.number,
+        "object": spec.pin.key,
+        "state": state,
+        "bytes": content,
+        "exact": known is not None or spec.media == "tar",
+        "fetch_bytes": 0 if committed or cached else spec.pin.size,
+    }
+
+
 async def _activate(engine: Engine, image: Image, name: str, mode: Any, size_bytes: int) -> machines.Activated:
     request = machines.ActivateRequest(
         ref=image.ref, endpoint=image.endpoint, layer=image.top, name=name, mode=mode, size=size_bytes
@@ -207,6 +258,35 @@ def activate(settings: Settings, image: Image, name: str, mode: str, size_bytes:
     async def work() -> machines.Activated:
         async with _engine(settings, Reporter()) as (_, engine):
             return await _activate(engine, image, name, mode, size_bytes)
+
+    return _run(work)
+
+
+def inside(settings: Settings, given: machines.Activated, command: list[str]) -> int:
+    """Run a command with a detached read-only mount of an activation as its working directory. Returns: its exit code.
+
+    The mount is in no mount table and no path reaches it; it is gone with the last process that holds its descriptor.
+    """
+
+    async def work() -> int:
+        async with helper.connect(settings.helper_socket) as root:
+            again = await root.activate(given.layer, given.name, given.mode, 0)
+        if again.mount_fd is None:
+            raise ImgpullError("bug", "the helper gave no mount for a read-only activation")
+        try:
+            done = await trio.run_process(
+                command,
+                stdin=None,
+                check=False,
+                cwd=f"/proc/self/fd/{again.mount_fd}",
+                pass_fds=(again.mount_fd,),
+                env={**os.environ, "IMGPULL_MOUNT": f"/proc/self/fd/{again.mount_fd}"},
+            )
+        except OSError as error:
+            raise ImgpullError("usage", f"{command[0]}: {os.strerror(error.errno or 0).lower()}") from error
+        finally:
+            os.close(again.mount_fd)
+        return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
     return _run(work)
 
@@ -234,7 +314,7 @@ def remove(settings: Settings, image: Image) -> list[str]:
 
 
 def finish_removal(settings: Settings, word: str) -> list[str] | None:
-    """Go on with the interrupted removal of an image. Returns: the layers removed, None if there was no such removal."""
+    """Go on with the interrupted removal of an image. Returns: its layers, None if there is no such removal."""
     with looking(settings) as lookup:
         found = lookup.runs("remove", active_only=True) if lookup else []
     wanted = word.rstrip("/")

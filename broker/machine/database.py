@@ -26,6 +26,10 @@ from broker.machine.signals import BusyStateError, DamagedStateError, ForeignSta
 T = TypeVar("T")
 
 APPLICATION_ID: Final = 0x666D7472  # "fmtr"; a program may choose its own
+# Each migration's digest, and the digest of all tables after it: so that a damaged or altered schema is noticed.
+_MIGRATION: Final = (
+    "CREATE TABLE migration (number INTEGER PRIMARY KEY, script TEXT NOT NULL, result TEXT NOT NULL) STRICT"
+)
 _BUSY_TIMEOUT_MS: Final = 5  # in SQLite, blocking the event loop; the rest of the wait is trio's
 _FIRST_PAUSE_S: Final = 0.001
 _LONGEST_PAUSE_S: Final = 0.05
@@ -89,7 +93,13 @@ def _uri(path: str) -> str:
     return f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
 
 
+def _to_text(stored: bytes) -> str:
+    # A damaged byte in one row must not stop the reading of all: the row's digest will tell.
+    return stored.decode("utf-8", "surrogateescape")
+
+
 def _configure(db: sqlite3.Connection, path: str, *, query_only: bool) -> None:
+    db.text_factory = _to_text
     settings = {
         "synchronous": 3,  # EXTRA
         "foreign_keys": 1,
@@ -260,16 +270,20 @@ class Database:
                 return found
             if version == 0:
                 db.execute(f"PRAGMA application_id={application_id}")
-                db.execute("CREATE TABLE migration (number INTEGER PRIMARY KEY, digest TEXT NOT NULL) STRICT")
+                db.execute(_MIGRATION)
             for statement in _statements(scripts[version]):
                 db.execute(statement)
-            db.execute("INSERT INTO migration VALUES (?, ?)", (version + 1, _digest(scripts[version])))
+            result = (version + 1, _digest(scripts[version]), _schema_digest(db))
+            db.execute("INSERT INTO migration VALUES (?, ?, ?)", result)
             db.execute(f"PRAGMA user_version={version + 1}")
         return version + 1
 
 
 def check_schema(db: sqlite3.Connection, path: str, scripts: Sequence[str], application_id: int) -> int:
-    """Give the version of a file that these scripts made, 0 for an empty one. Raises: ForeignStateError."""
+    """Give the version of a file that these scripts made, 0 for an empty one.
+
+    Raises: ForeignStateError, DamagedStateError.
+    """
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     owner = int(db.execute("PRAGMA application_id").fetchone()[0])
     tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -282,9 +296,20 @@ def check_schema(db: sqlite3.Connection, path: str, scripts: Sequence[str], appl
     if version > len(scripts):
         raise ForeignStateError(f"{path} was written by a newer version: schema {version}, known up to {len(scripts)}")
     known = [(number, _digest(script)) for number, script in enumerate(scripts[:version], start=1)]
-    if version == 0 or db.execute("SELECT number, digest FROM migration ORDER BY number").fetchall() != known:
+    found = db.execute("SELECT number, script, result FROM migration ORDER BY number").fetchall() if version else []
+    if not found or [row[:2] for row in found] != known:
         raise ForeignStateError(f"{path} has a schema {version} that this version did not make")
+    if found[-1][2] != _schema_digest(db):
+        raise DamagedStateError(f"{path} has other tables than it was made with")
     return version
+
+
+def _schema_digest(db: sqlite3.Connection) -> str:
+    # Not of sqlite's own tables, such as the statistics that ANALYZE keeps.
+    rows = db.execute(
+        "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY name"
+    )
+    return _digest(repr(rows.fetchall()))
 
 
 def _digest(script: str) -> str:

@@ -308,11 +308,17 @@ class Lookup:
         return found
 
     def events(self, run: RunRecord, after: int = 0) -> list[EventRecord]:
-        """Give the log of a run, oldest first; `after` is the event's number to go on from."""
-        return [
-            EventRecord(seq, type_, step, attempt, json.loads(payload), at_ms)
-            for seq, type_, step, attempt, payload, at_ms in self._all("events", run.seq, after)
-        ]
+        """Give the log of a run, oldest first; `after` is the event's number to go on from.
+
+        Raises: DamagedStateError.
+        """
+        try:
+            return [
+                EventRecord(seq, type_, step, attempt, json.loads(payload), at_ms)
+                for seq, type_, step, attempt, payload, at_ms in self._all("events", run.seq, after)
+            ]
+        except ValueError as error:
+            raise DamagedStateError(f"the log of run {run.id} cannot be read: {error}") from error
 
     def outcome(self, run: RunRecord) -> Outcome | None:
         """Give how a run ended, None while it is active."""

@@ -44,6 +44,7 @@ CREATE TABLE run (
 CREATE UNIQUE INDEX run_active_key ON run (machine, key) WHERE outcome IS NULL;
 CREATE INDEX run_active ON run (seq) WHERE outcome IS NULL;
 CREATE INDEX run_cancelled ON run (seq) WHERE outcome IS NULL AND cancel_cause IS NOT NULL;
+CREATE INDEX run_machine ON run (machine, seq);
 CREATE INDEX run_key ON run (machine, key, seq);
 CREATE INDEX run_finished ON run (updated_ms) WHERE outcome IS NOT NULL;
 

@@ -280,6 +280,28 @@ def test_life_of_an_image(world: World) -> None:
     assert world.run("show", "one")[0] == 66
 
 
+def test_plan_tells_what_a_pull_would_do_and_does_nothing(world: World) -> None:
+    world.put("one", b"aa", b"b")
+    world.put("two", b"aa", b"ccc")
+    found = json.loads(world.run("plan", REF, "--json")[1])
+    assert ([row["state"] for row in found["layers"]], found["fetch_bytes"], found["fits"]) == (["new", "new"], 3, True)
+    assert world.lines("transfers") == [] and world.helper.layers == {}
+    world.run("pull", REF)
+    found = json.loads(world.run("plan", "s3://bucket/images/two", "--json")[1])
+    assert [(row["state"], row["fetch_bytes"]) for row in found["layers"]] == [("here", 0), ("new", 3)]
+    assert "asked of root  1 commits" in world.run("plan", "s3://bucket/images/two")[1]
+
+
+def test_df_tells_shared_from_exclusive(world: World) -> None:
+    world.put("one", b"aa", b"b")
+    world.put("two", b"aa", b"ccc")
+    world.run("pull", REF)
+    world.run("pull", "s3://bucket/images/two")
+    found = json.loads(world.run("df", "--json")[1])["images"]
+    assert [(row["exclusive"], row["shared"]) for row in found] == [(1, 2), (3, 2)]
+    assert "MORE WOULD FIT" in world.run("df")[1]
+
+
 def test_runs_and_log_tell_each_step(world: World) -> None:
     world.put("one", b"a")
     world.run("pull", REF)
