@@ -4,10 +4,14 @@ A test says what it shows by ``@pytest.mark.capability("name")``, or, for a mist
 before (https://github.com/superfly/fsm at eb33c5d), by ``@pytest.mark.mistake("what it was")``.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+MEMORY = Path("/dev/shm")  # a death by signal loses nothing that was written, wherever it lies
 ROWS: pytest.StashKey[dict[tuple[str, str], list[tuple[str, str]]]] = pytest.StashKey()
 
 
@@ -16,6 +20,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "capability(name): what the library can do, shown by this test")
     config.addinivalue_line("markers", "mistake(name): what such libraries got wrong, and this test would notice")
     config.stash[ROWS] = {}
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder in memory, for tests that commit thousands of times; an ordinary one where there is none."""
+    if not MEMORY.is_dir():
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="imgpull-test-", dir=MEMORY))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -744,7 +744,7 @@ def test_wrong_definitions_are_refused_at_once() -> None:
         lambda: start.end("one"),
         lambda: start.end("end").to("two", nothing),
         lambda: start.end("end").end("end2"),
-        lambda: start.to("two", nothing, result=Loose),  # type: ignore[call-overload]
+        lambda: start.to("two", nothing, result=Loose),  # type: ignore[arg-type]
         lambda: Policy(attempts=0),
         lambda: Policy(jitter=2),
         lambda: Policy(deadline_s=0),

@@ -55,16 +55,17 @@ def sql(path: Path, statement: str, *values: object) -> list[Any]:
         return db.execute(statement, values).fetchall()
 
 
-def tamper(path: Path, key: str, **columns: object) -> None:
-    """Change a run's columns and seal it as if the library had written them."""
+def tamper(path: Path, key: str, *, sealed: bool, **columns: object) -> None:
+    """Change a run's columns, as damage would, or `sealed` as if the library had written them."""
     with closing(sqlite3.connect(path)) as db, db:
         triggers = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             db.execute(f"DROP TRIGGER {name}")
         for name, value in columns.items():
             db.execute(f"UPDATE run SET {name} = ? WHERE key = ?", (value, key))
-        row = db.execute("SELECT * FROM run WHERE key = ?", (key,)).fetchone()
-        db.execute("UPDATE run SET seal = ? WHERE key = ?", (seal(row[:-1]), key))
+        if sealed:
+            row = db.execute("SELECT * FROM run WHERE key = ?", (key,)).fetchone()
+            db.execute("UPDATE run SET seal = ? WHERE key = ?", (seal(row[:-1]), key))
         for _, statement in triggers:
             db.execute(statement)
 
@@ -173,7 +174,8 @@ async def test_resumed_runs_go_through_their_queues_in_order(path: Path, autojum
             assert (await engine.wait(run.id)).ok
         assert len(engine.runs("other", active_only=True)) == 8
     assert toy.most_at_once == 2
-    assert toy.calls == [f"k{number_}" for number_ in range(8)]
+    pairs = [sorted(toy.calls[at : at + 2]) for at in range(0, 8, 2)]  # the two that are let in together have no order
+    assert pairs == [[f"k{at}", f"k{at + 1}"] for at in range(0, 8, 2)]
 
 
 @pytest.mark.mistake("the number of attempts of one step was given to all that followed after a resume")
@@ -356,7 +358,7 @@ async def test_a_bad_row_is_quarantined_and_the_others_go_on(
     machine = three_steps(number_first := nothing, gated, nothing)
     del number_first
     await killed_in_step(path, [machine], "a", "bad", "c")
-    tamper(path, "bad", **columns)
+    tamper(path, "bad", sealed=True, **columns)
     toy = Toy()
     toy.gate("a").set()
     toy.gate("c").set()
@@ -419,19 +421,9 @@ async def test_a_result_that_no_longer_fits_is_quarantined(path: Path) -> None:
 async def test_a_damaged_row_is_quarantined_and_not_worked_from(path: Path, column: str) -> None:
     machine = three_steps(nothing, gated, nothing)
     await killed_in_step(path, [machine], "a", "b")
-    changes = {
-        "request": '{"number":1}',
-        "key": "z",
-        "cursor": 2,
-        "attempt": 2,
-        "queue": "q",
-        "cancel_cause": "x",
-        "due_ms": 5,
-    }
-    with closing(sqlite3.connect(path)) as db, db:
-        for name in ("run_request_is_frozen", "run_cursor_goes_forward"):
-            db.execute(f"DROP TRIGGER {name}")
-        db.execute(f"UPDATE run SET {column} = ? WHERE key = 'a'", (changes[column],))
+    changes: dict[str, object] = {"request": '{"number":1}', "key": "z", "cursor": 2, "attempt": 2, "queue": "q"}
+    changes |= {"cancel_cause": "x", "due_ms": 5}
+    tamper(path, "a", sealed=False, **{column: changes[column]})
     toy = Toy()
     toy.gate("a").set()
     toy.gate("b").set()
