@@ -19,7 +19,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format helper install install-helper vm fuzz bench soak lock clean
+.PHONY: help setup demo test lint format helper install-helper vm fuzz bench soak lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -52,7 +52,7 @@ $(HELPER):
 	/usr/bin/python3 -m privhelper.build $@
 
 install-helper: helper  ## install the root helper and its units as policy/systemd has them
-	$(AS_ROOT) tests/setup/install-helper.sh "$(DESTDIR)"
+	$(AS_ROOT) tests/setup/install-helper.sh $(HELPER) "$(DESTDIR)"
 
 vm: setup  ## the tests that need a kernel with device-mapper, in a virtual machine
 	$(AS_ROOT) $(PYTHON) -m pytest $(if $(AS_ROOT),-p no:cacheprovider) tests/vm $(PYTEST_ARGS)
