@@ -1,0 +1,176 @@
+"""The archive checker: a blob and the manifests of its lower layers in, a manifest or a named refusal out.
+
+Rule 1: everything that needs files, imports or threads happens before the lock; the first hostile byte after it.
+Rule 2: one line of JSON a report on descriptor 1, the last one a verdict; one last line on 2 if all else fails.
+Rule 3: it ends by os._exit: 0 accepted, 65 rejected, 70 a mistake of this program, 78 limits or sandbox unusable.
+
+Started as ``python -I -m unpriv.check JOB`` with LC_ALL=C.UTF-8 and no other variable; JOB is a CheckJob of
+broker/protocol.py in JSON.
+"""
+
+import fcntl
+import gc
+import io
+import json
+import locale
+import os
+import resource
+import stat
+import sys
+import tarfile
+import zlib
+from typing import Any, Final, NoReturn
+
+import zstandard
+from pydantic import ValidationError
+
+from broker.protocol import CheckJob
+from unpriv import kernel, limits, pipeline, sandbox
+from unpriv.blob import Blob, FileBlob, MemoryBlob
+from unpriv.decompress import FILTER_OF_MEDIA
+from unpriv.findings import Findings
+from unpriv.hashing import Hasher
+from unpriv.manifest import write_all
+
+# The descriptors as policy/syscalls/check.seccomp knows them.
+_BLOB, _REPORT, _LAST_LINE, _PAYLOAD, _MANIFEST, _TREE, _SCRATCH, _LOWER = range(8)
+
+_CPU_GRACE_S: Final = 10  # by which the kernel's limit lies above our own
+_ACCEPTED, _REJECTED, _SOFTWARE, _CONFIG = 0, 65, 70, 78  # sysexits.h
+
+
+def main() -> NoReturn:
+    """Run one check and end the process."""
+    try:
+        code = _check(sys.argv[1:])
+    except (limits.LimitsError, sandbox.SandboxError) as error:
+        code = _last_words(_CONFIG, error)
+    except BaseException as error:  # the traceback printer would open source files, which the sandbox answers by death
+        code = _last_words(_SOFTWARE, error)
+    os._exit(code)
+
+
+def _last_words(code: int, error: BaseException) -> int:
+    words = f"unpriv.check: {type(error).__name__}: {error}".encode("ascii", "backslashreplace")[:2000]
+    try:
+        os.write(_LAST_LINE, words.replace(b"\n", b" ") + b"\n")
+    except OSError:
+        return code  # nobody listens any more
+    return code
+
+
+def _check(arguments: list[str]) -> int:
+    job = _job(arguments)
+    in_force = limits.load()
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    kernel.single_arena()
+    lower_count = len(job.lower)
+    present = _arrange(job)
+    blob = _open(_BLOB)
+    lowers = [_open(_LOWER + number) for number in range(lower_count)]
+    hasher = Hasher()
+    _warm_up(hasher, in_force)
+    sandbox.lock("check", sandbox.Rules(), _rlimits(in_force, lower_count), start_threads=hasher.start)
+    findings = Findings(in_force, job.layer_number, job.all_violations)
+    outputs = pipeline.Outputs(
+        payload=_PAYLOAD if _PAYLOAD in present and job.media != "tar" else None,
+        manifest=_MANIFEST if _MANIFEST in present else None,
+        tree=_TREE if _TREE in present else None,
+        scratch=_SCRATCH if _TREE in present else None,
+        progress=lambda done_bytes: _report({"type": "progress", "done_bytes": done_bytes}),
+    )
+    verdict = pipeline.verdict(job.media, blob, lowers, in_force, findings, hasher, outputs)
+    _report(verdict)
+    return _ACCEPTED if verdict["type"] == "accepted" else _REJECTED
+
+
+def _job(arguments: list[str]) -> CheckJob:
+    if len(arguments) != 1:
+        raise ValueError("expected one argument, a job in JSON")
+    try:
+        return CheckJob.model_validate_json(arguments[0])
+    except ValidationError as error:
+        raise ValueError(f"not a job: {error.errors()[0]['msg']}") from error
+
+
+def _report(line: dict[str, Any]) -> None:
+    write_all(_REPORT, json.dumps(line, separators=(",", ":")).encode("ascii") + b"\n")
+
+
+def _open(descriptor: int) -> Blob:
+    """Return a regular file as a blob; its size is what it is now."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"descriptor {descriptor} is no regular file")
+    return FileBlob(descriptor, status.st_size)
+
+
+def _arrange(job: CheckJob) -> set[int]:
+    """Move the job's descriptors to the numbers of the policy and close all others; return those in use."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted: dict[int, int | None] = {_PAYLOAD: job.payload_fd, _MANIFEST: job.manifest_fd, _TREE: job.tree_fd}
+    wanted |= {_LOWER + number: descriptor for number, descriptor in enumerate(job.lower)}
+    if job.tree_fd is not None:
+        wanted[_SCRATCH] = os.memfd_create("manifest", os.MFD_CLOEXEC)
+    # First out of the way, all of them, so that none is overwritten before it is moved.
+    above = max(_LOWER + len(job.lower), *(fd or 0 for fd in wanted.values())) + 1
+    moved = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for to, fd in wanted.items() if fd is not None}
+    os.closerange(_PAYLOAD, above)
+    for to, descriptor in moved.items():
+        os.dup2(descriptor, to, inheritable=False)
+    os.closerange(_LOWER + len(job.lower), hard)
+    return set(moved)
+
+
+def _rlimits(in_force: limits.Limits, lower_count: int) -> dict[str, int]:
+    """Return the kernel's limits: a little above our own, which give a better word."""
+    return {
+        "as": in_force.run.address_space_bytes,
+        "cpu": in_force.run.cpu_s + _CPU_GRACE_S,
+        "fsize": in_force.stream.payload_bytes + (1 << 30),
+        "nofile": _LOWER + lower_count,
+        "nproc": 0,
+    }
+
+
+def _warm_up(hasher: Hasher, in_force: limits.Limits) -> None:
+    """Check a small archive in every allowed compression, with a hashing thread that ends again.
+
+    After this, every module is imported, every codec and table loaded, every callback made.
+    """
+    hasher.start()
+    tar = _small_tar()
+    for media, compressed in (("tar", tar), ("tar+gzip", _gzip(tar)), ("tar+zstd", zstandard.compress(tar))):
+        if FILTER_OF_MEDIA[media] in in_force.stream.filters:
+            _rehearse(media, compressed, hasher, in_force)
+    for media in ("tar+bzip2", "tar+xz"):
+        if FILTER_OF_MEDIA[media] in in_force.stream.filters:
+            _rehearse(media, b"not of this kind", hasher, in_force)
+    hasher.stop()
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # no cycles are made from here on, and a million entries would be walked again and again
+
+
+def _rehearse(media: str, data: bytes, hasher: Hasher, in_force: limits.Limits) -> None:
+    findings = Findings(in_force, 1, all_violations=False)
+    pipeline.verdict(media, MemoryBlob(data), [], in_force, findings, hasher, pipeline.Outputs())
+
+
+def _gzip(data: bytes) -> bytes:
+    return zlib.compress(data, 1, 31)
+
+
+def _small_tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, size in (("é", 3), ("d/large", 70_000)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(bytes(size)))
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    main()

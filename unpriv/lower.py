@@ -1,0 +1,217 @@
+"""The merged tree of the lower layers, replayed from their manifests.
+
+Rule 1: the manifests come from earlier runs of this program, which had met hostile bytes: every line must have exactly
+the form that manifest.py writes, and every operation must fit the tree that it works on.
+Rule 2: manifest k must name the digest of manifest k-1 as its parent.
+Rule 3: compact: a directory is a dictionary, anything else a number. Where metadata is wanted for a listing, the number
+says in which manifest and at which byte its operation stands.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Union
+
+from privhelper import protocol
+from unpriv.blob import Blob
+from unpriv.rulebook import RejectedError, rule
+
+LOWER_MANIFEST_INVALID: Final = rule("lower_manifest_invalid")
+
+# A leaf is `place << 3 | flag | kind`; the place is `layer << 40 | offset`, or 0 where no listing is wanted.
+LEAF_FILE, LEAF_SYMLINK, LEAF_OTHER = 0, 1, 2
+LEAF_LINK: Final = 4  # made by a `link` operation; its place is that of the file
+_KIND_MASK: Final = 3
+_SHIFT: Final = 3
+_LAYER_SHIFT: Final = 40
+PLACE: Final = b""  # the key under which a directory keeps its own place; no name is empty
+
+Tree = dict[bytes, Union[int, "Tree"]]
+
+_PIECE_BYTES: Final = 1 << 20
+_LEAF_OF_OP: Final = {
+    b"file": LEAF_FILE, b"symlink": LEAF_SYMLINK, b"char": LEAF_OTHER, b"block": LEAF_OTHER, b"fifo": LEAF_OTHER,
+}  # fmt: skip
+
+_HEAD: Final = re.compile(
+    rb'\{"bytes":[0-9]{1,16},"entries":([0-9]{1,10}),"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
+)
+_STRING: Final = rb'"((?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u[0-9a-f]{4})*)"'
+# The canonical order of keys lets one expression find what the tree needs; the rest is matched by its shape.
+_LINE: Final = re.compile(
+    rb'\{(?:"at":[0-9]+,)?(?:"dir":(?P<dir>true|false),)?(?:"gid":[0-9]+,)?"in":(?P<into>[0-9]{1,10}),'
+    rb'(?:"major":[0-9]+,"minor":[0-9]+,)?(?:"mode":[0-9]+,)?(?:"mtime":[0-9]+,)?"name":(?P<name>' + _STRING + rb"),"
+    rb'"op":"(?P<op>[a-z]+)"'
+    rb'(?:,"sha256":"[0-9a-f]{64}")?(?:,"size":[0-9]+)?(?:,"target":' + _STRING + rb")?"
+    rb'(?:,"to":(?P<to>\[[^\]\n]*\]))?(?:,"uid":[0-9]+)?(?:,"xattrs":\{[^}\n]*\})?\}\n'
+)
+
+
+def _invalid(layer: int, line: int, reason: str) -> RejectedError:
+    return RejectedError(LOWER_MANIFEST_INVALID, f"manifest {layer}, line {line}: {reason}")
+
+
+def unquote(text: bytes) -> bytes:
+    """Return the bytes of a JSON string as a manifest writes it, without its quotes."""
+    if b"\\" not in text:
+        return text
+    decoded: str = json.loads(b'"' + text + b'"')
+    try:
+        return decoded.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise RejectedError(LOWER_MANIFEST_INVALID, "a name that stands for no bytes") from error
+
+
+class Lower:
+    """The lower layers, merged."""
+
+    def __init__(self, with_places: bool, tick: Callable[[], None]):
+        """Begin with nothing. ``with_places``: remember where each entry's metadata stands."""
+        self.root: Tree = {}
+        self.digest: str | None = None  # of the topmost manifest
+        self._manifests: list[Blob] = []
+        self._with_places = with_places
+        self._tick = tick
+
+    def add(self, manifest: Blob) -> None:
+        """Replay one more manifest on top.
+
+        Raises:
+            RejectedError: lower_manifest_invalid.
+        """
+        self._manifests.append(manifest)
+        hasher = hashlib.sha256()
+        lines = self._lines(manifest, hasher)
+        layer = len(self._manifests)
+        head = _HEAD.fullmatch(next(lines, (0, b""))[1])
+        parent = b"null" if self.digest is None else f'"{self.digest}"'.encode("ascii")
+        if head is None or head[2] != parent:
+            raise _invalid(layer, 1, "a wrong first line, or not the child of the layer below")
+        replay = _Replay(self.root)
+        count = 0
+        for count, (offset, line) in enumerate(lines, 1):
+            match = _LINE.fullmatch(line)
+            if match is None:
+                raise _invalid(layer, count + 1, "not an operation")
+            try:
+                replay.apply(count, match, (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0)
+            except (RejectedError, KeyError, TypeError, ValueError) as error:
+                raise _invalid(layer, count + 1, f"does not fit the tree: {error}") from error
+        if count != int(head[1]):
+            raise _invalid(layer, count + 1, f"{count} operations, the first line says {int(head[1])}")
+        self.digest = f"sha256:{hasher.hexdigest()}"
+
+    def _lines(self, manifest: Blob, hasher: Any) -> Iterator[tuple[int, bytes]]:
+        """Yield each line with its offset."""
+        offset, held = 0, b""
+        while piece := manifest.read_at(offset + len(held), _PIECE_BYTES):
+            self._tick()
+            hasher.update(piece)
+            lines = (held + piece).splitlines(keepends=True)
+            held = lines.pop() if not lines[-1].endswith(b"\n") else b""
+            for line in lines:
+                yield offset, line
+                offset += len(line)
+            if len(held) > protocol.MAX_LINE_BYTES:
+                break
+        if held:
+            yield offset, held
+
+    def metadata(self, place: int) -> dict[str, Any]:
+        """Return the operation that stands at a place."""
+        layer, offset = place >> _LAYER_SHIFT, place & (1 << _LAYER_SHIFT) - 1
+        line = self._manifests[layer].read_at(offset, protocol.MAX_LINE_BYTES)
+        operation: dict[str, Any] = json.loads(line[: line.index(b"\n")])
+        return operation
+
+
+class _Replay:
+    """The operations of one manifest, depth first over one tree."""
+
+    def __init__(self, root: Tree):
+        self._root = root
+        self._stack: list[tuple[int, Tree]] = [(0, root)]
+
+    def apply(self, number: int, match: re.Match[bytes], place: int) -> None:
+        """Apply one operation. Raises KeyError, TypeError or ValueError where it does not fit."""
+        into, op = int(match["into"]), match["op"]
+        name = unquote(match["name"][1:-1])
+        while self._stack[-1][0] != into:
+            self._stack.pop()
+            if not self._stack:
+                raise ValueError("its directory is not on the way from the root")
+        parent = self._stack[-1][1]
+        if op == b"meta" and not name:
+            if number != 1 or into:
+                raise ValueError("the root's own operation is not the first")
+            self._keep_place(self._root, place)
+            return
+        if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+            raise ValueError("a name that is no component")
+        if op in (b"enter", b"meta"):
+            self._enter(number, parent[name], place if op == b"meta" else None)
+        elif op == b"remove":
+            _remove(parent, name, match["dir"])
+        elif name in parent:
+            raise ValueError("it exists")
+        elif op == b"dir":
+            made: Tree = {}
+            parent[name] = made
+            self._enter(number, made, place)
+        elif op == b"link":
+            parent[name] = self._file(match["to"]) | LEAF_LINK
+        else:
+            parent[name] = place << _SHIFT | _LEAF_OF_OP[op]
+
+    def _enter(self, number: int, node: "int | Tree", place: int | None) -> None:
+        if isinstance(node, int):
+            raise TypeError("it is no directory")
+        self._stack.append((number, node))
+        if place is not None:
+            self._keep_place(node, place)
+
+    @staticmethod
+    def _keep_place(directory: Tree, place: int) -> None:
+        if place:
+            directory[PLACE] = place << _SHIFT
+
+    def _file(self, untrusted_to: bytes | None) -> int:
+        """Return the leaf that a link names."""
+        node: int | Tree = self._root
+        for name in json.loads(untrusted_to or b"[]"):
+            if isinstance(node, int):
+                raise TypeError("the target's parent is no directory")
+            node = node[name.encode("utf-8", "surrogateescape")]
+        if not isinstance(node, int) or node & _KIND_MASK != LEAF_FILE:
+            raise TypeError("the target is no file")
+        return node
+
+
+def _remove(parent: Tree, name: bytes, is_directory: bytes | None) -> None:
+    node = parent[name]
+    if is_directory not in (b"true", b"false") or isinstance(node, dict) != (is_directory == b"true"):
+        raise TypeError("a wrong kind of removal")
+    if isinstance(node, dict) and any(key != PLACE for key in node):
+        raise ValueError("the directory is not empty")
+    del parent[name]
+
+
+def is_file(node: "int | Tree") -> bool:
+    """Tell if a node is a regular file."""
+    return isinstance(node, int) and node & _KIND_MASK == LEAF_FILE
+
+
+def is_symlink(node: "int | Tree") -> bool:
+    """Tell if a node is a symbolic link."""
+    return isinstance(node, int) and node & _KIND_MASK == LEAF_SYMLINK
+
+
+def place_of(leaf: int) -> int:
+    """Return the place of a leaf: the same for all names of one file."""
+    return leaf >> _SHIFT
+
+
+def names(tree: Tree) -> list[bytes]:
+    """Return the names in a directory, in the order of their bytes."""
+    return sorted(name for name in tree if name)

@@ -1,0 +1,242 @@
+"""One layer against the tree of the lower ones: first the rules that need both, then the operations.
+
+Rule 1: the same layer and the same lower layers give the same operations, whatever the order of the archive.
+Rule 2: whiteouts hide lower layers only. What a layer replaces is removed first, each descendant by its own operation.
+Rule 3: no operation follows a link: a parent that is a symbolic link of a lower layer is refused, see
+policy/decisions/check-symlinked-parents.md.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from unpriv.findings import Findings
+from unpriv.lower import Tree, is_file, is_symlink, names
+from unpriv.rulebook import RejectedError, rule
+from unpriv.rules import DIRECTORY, FILE, HARDLINK, SYMLINK
+from unpriv.tree import IMPLICIT, Directory, Layer, Link
+
+PARENT_IS_SYMLINK: Final = rule("parent_is_symlink")
+PARENT_NOT_DIRECTORY: Final = rule("parent_not_directory")
+HARDLINK_TARGET_MISSING: Final = rule("hardlink_target_missing")
+HARDLINK_TARGET_NOT_FILE: Final = rule("hardlink_target_not_file")
+HARDLINK_TARGET_REMOVED: Final = rule("hardlink_target_removed")
+HARDLINK_ESCAPES_ROOT: Final = rule("hardlink_escapes_root")
+WHITEOUT_WITHOUT_TARGET: Final = rule("whiteout_without_target", "drop")
+
+
+class Operation(NamedTuple):
+    """One line of the manifest. ``record`` is the layer's, IMPLICIT for a directory that no member declares."""
+
+    op: str
+    into: int
+    name: bytes
+    record: int = IMPLICIT
+    is_directory: bool = False  # of a removal
+    to: bytes = b""  # of a hard link: the path of the file
+
+
+def _hidden(directory: Directory, name: bytes) -> bool:
+    """Tell if a directory of this layer hides a name of the lower one."""
+    return directory.opaque or (directory.whiteouts is not None and name in directory.whiteouts)
+
+
+def _below(directory: Directory, lower: Tree | None, name: bytes) -> "int | Tree | None":
+    """Return what the lower layers have under a name, unless this layer hides it."""
+    return None if lower is None or _hidden(directory, name) else lower.get(name)
+
+
+# ---------------------------------------------------------------- rules
+
+
+def check(layer: Layer, lower: Tree, findings: Findings) -> None:
+    """Apply the rules that need both trees, and forget directories that exist only in the path of a whiteout.
+
+    Raises:
+        RejectedError: parent_*, hardlink_*.
+    """
+    _check_directory(layer.root, lower, b"", findings)
+    for link in layer.links.values():
+        if link.record == IMPLICIT:
+            try:
+                _check_link(layer.root, lower, link, layer)
+            except RejectedError as error:
+                findings.refuse(error.at(link.target, link.member, link.offset))
+
+
+def _check_directory(directory: Directory, lower: Tree | None, path: bytes, findings: Findings) -> None:
+    if directory.opaque and not lower:
+        findings.dropped[WHITEOUT_WITHOUT_TARGET] += 1
+    for name in directory.whiteouts or ():
+        if lower is None or name not in lower:
+            findings.dropped[WHITEOUT_WITHOUT_TARGET] += 1
+    unneeded = []
+    for name, node in directory.entries.items():
+        if not isinstance(node, Directory):
+            continue
+        below = _below(directory, lower, name)
+        here = path + b"/" + name if path else name
+        if node.record == IMPLICIT and below is not None and not isinstance(below, dict):
+            which = PARENT_IS_SYMLINK if is_symlink(below) else PARENT_NOT_DIRECTORY
+            what = "a symbolic link" if is_symlink(below) else "no directory"
+            findings.refuse(RejectedError(which, f"it is {what} in a lower layer", here, node.member, node.offset))
+        _check_directory(node, below if isinstance(below, dict) else None, here, findings)
+        if node.record == IMPLICIT and not node.entries and not isinstance(below, dict):
+            unneeded.append(name)
+    for name in unneeded:
+        del directory.entries[name]
+
+
+def _check_link(root: Directory, lower: Tree, link: Link, layer: Layer) -> None:
+    """Expect the target to be a file of the lower layers that this layer neither hides nor replaces."""
+    upper: int | Directory | None = root
+    node: int | Tree | None = lower
+    removed = False
+    components = link.target.split(b"/") if link.target else []
+    for position, name in enumerate(components):
+        if not isinstance(node, dict):
+            if node is not None and is_symlink(node):
+                raise RejectedError(HARDLINK_ESCAPES_ROOT, "the target is behind a symbolic link of a lower layer")
+            raise RejectedError(HARDLINK_TARGET_MISSING, "no such file in this layer before it, nor in a lower one")
+        node = node.get(name)
+        if isinstance(upper, Directory):
+            removed = removed or _hidden(upper, name)
+            upper = upper.entries.get(name)
+            last = position == len(components) - 1
+            if upper is not None:
+                removed = removed or last or layer.kind(upper) != DIRECTORY
+    if node is None:
+        raise RejectedError(HARDLINK_TARGET_MISSING, "no such file in this layer before it, nor in a lower one")
+    if not is_file(node):
+        raise RejectedError(HARDLINK_TARGET_NOT_FILE, "the target is no regular file in the lower layers")
+    if removed:
+        raise RejectedError(HARDLINK_TARGET_REMOVED, "this layer removes or replaces the target")
+
+
+# ---------------------------------------------------------------- operations
+
+
+class _Place:
+    """A directory on the way down; it is entered only when something is to be done in it."""
+
+    __slots__ = ("name", "number", "parent")
+
+    def __init__(self, parent: "_Place | None", name: bytes, number: int | None):
+        self.parent = parent
+        self.name = name
+        self.number = number
+
+
+class Merge:
+    """The operations of a checked layer."""
+
+    def __init__(self, layer: Layer, lower: Tree):
+        """Take what check() has found good."""
+        self._layer = layer
+        self._lower = lower
+        self._count = 0
+        self._links: list[tuple[bytes, bytes]] = []  # path, path of the file
+
+    def operations(self) -> Iterator[Operation]:
+        """Yield the operations, numbered from 1, depth first; each call yields the same ones."""
+        self._count = 0
+        self._links = []
+        root = self._layer.root
+        if root.record != IMPLICIT:
+            self._count += 1
+            yield Operation("meta", 0, b"", root.record)
+        yield from self._directory(root, self._lower, _Place(None, b"", 0), b"")
+        yield from self._hard_links()
+
+    def _enter(self, place: _Place) -> Iterator[Operation]:
+        """Yield the `enter` operations that are missing on the way to a directory."""
+        if place.number is None:
+            assert place.parent is not None
+            yield from self._enter(place.parent)
+            assert place.parent.number is not None
+            self._count += 1
+            place.number = self._count
+            yield Operation("enter", place.parent.number, place.name)
+
+    def _directory(self, upper: Directory, lower: Tree | None, place: _Place, path: bytes) -> Iterator[Operation]:
+        """Yield what is to be done in one directory: removals, then everything else in the order of names."""
+        if lower:
+            for name in self._gone(upper, lower):
+                yield from self._enter(place)
+                yield from self._remove(lower, name, place)
+        layer = self._layer
+        for name in sorted(upper.entries):
+            node = upper.entries[name]
+            kind = layer.kind(node)
+            if kind == DIRECTORY:
+                yield from self._subdirectory(upper, lower, name, place, path)
+                continue
+            assert isinstance(node, int)
+            if kind == HARDLINK:
+                link = layer.links[node]
+                if link.record == IMPLICIT or layer.kind(link.record) == FILE:
+                    self._links.append((path + name, link.target))
+                    continue
+                kind, node = SYMLINK, link.record
+            if kind in (FILE, SYMLINK):
+                if place.number is None:
+                    yield from self._enter(place)
+                assert place.number is not None
+                self._count += 1
+                yield Operation("file" if kind == FILE else "symlink", place.number, name, node)
+
+    def _subdirectory(
+        self, upper: Directory, lower: Tree | None, name: bytes, place: _Place, path: bytes
+    ) -> Iterator[Operation]:
+        node = upper.entries[name]
+        record = node.record if isinstance(node, Directory) else node
+        below = _below(upper, lower, name)
+        inside = _Place(place, name, None)
+        if not isinstance(below, dict) or record != IMPLICIT:
+            yield from self._enter(place)
+            assert place.number is not None
+            self._count += 1
+            inside.number = self._count
+            yield Operation("meta" if isinstance(below, dict) else "dir", place.number, name, record)
+        if isinstance(node, Directory):
+            tree = below if isinstance(below, dict) else None
+            yield from self._directory(node, tree, inside, path + name + b"/")
+
+    def _gone(self, upper: Directory, lower: Tree) -> list[bytes]:
+        """Return the names of the lower directory that this layer removes or replaces, in order."""
+        if upper.opaque:
+            return names(lower)
+        gone = {name for name in upper.whiteouts or () if name in lower}
+        for name in upper.entries.keys() & lower.keys():
+            both = isinstance(lower[name], dict) and self._layer.kind(upper.entries[name]) == DIRECTORY
+            if not both:
+                gone.add(name)
+        return sorted(gone)
+
+    def _remove(self, lower: Tree, name: bytes, place: _Place) -> Iterator[Operation]:
+        """Yield the removal of an entry, of a directory with all that is in it, deepest first."""
+        node = lower[name]
+        if isinstance(node, dict):
+            inside = _Place(place, name, None)
+            for child in names(node):
+                yield from self._enter(inside)
+                yield from self._remove(node, child, inside)
+        assert place.number is not None
+        self._count += 1
+        yield Operation("remove", place.number, name, is_directory=isinstance(node, dict))
+
+    def _hard_links(self) -> Iterator[Operation]:
+        """Yield all hard links in a walk of their own, so that every file that one names is there already."""
+        stack = [_Place(None, b"", 0)]
+        for path, target in self._links:
+            *parents, name = path.split(b"/")
+            keep = 1
+            while keep < len(stack) and keep <= len(parents) and stack[keep].name == parents[keep - 1]:
+                keep += 1
+            del stack[keep:]
+            for parent in parents[keep - 1 :]:
+                stack.append(_Place(stack[-1], parent, None))
+            yield from self._enter(stack[-1])
+            into = stack[-1].number
+            assert into is not None
+            self._count += 1
+            yield Operation("link", into, name, to=target)
