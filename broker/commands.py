@@ -196,7 +196,7 @@ def pull(
     size_bytes = _size(size)
     wanted = None if no_activate else _name(name, reference.default_name)
     if not refresh and not expect:
-        ready = store.quick_lookup(Paths.of(settings), str(reference), settings.endpoint_url, wanted)
+        ready = store.quick_lookup(Paths.of(settings), str(reference), settings.source, wanted)
         if ready is not None:
             _pulled(as_json, quiet, str(reference), ready[0].top, ready[1].device if ready[1] else None, None)
             return 0

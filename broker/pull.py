@@ -313,6 +313,7 @@ class PullRequest(Model):
     """One image to pull. ``expect`` gives a digest a layer, or none at all."""
 
     ref: str
+    source: str  # the S3 world that the reference belongs to
     endpoint: protocol.Endpoint
     name: str | None  # of the activation; None makes none
     mode: Literal["ro", "rw"] = "rw"
@@ -425,7 +426,7 @@ async def pull_layers(run: Run[PullRequest]) -> Layers:
         (s.number, s.pin.key, s.pin.etag, s.pin.version or "", s.pin.size, s.media, blob.digest, committed.layer)
         for s, (blob, committed) in zip(resolved.layers, ordered, strict=True)
     ]
-    run.on_commit(lambda db: store.record_image(db, asked.ref, asked.endpoint.endpoint_url or "", rows, layers[-1]))
+    run.on_commit(lambda db: store.record_image(db, asked.ref, asked.source, rows, layers[-1]))
     return Layers(
         layers=layers,
         transferred=sum(blob.transferred for blob, _ in ordered),
@@ -472,7 +473,7 @@ async def activate_pulled(run: Run[PullRequest]) -> Activated:
     if asked.name is None:
         raise Done
     top = run.result("layers", Layers).layers[-1]
-    return await _activate(run, asked.ref, asked.endpoint.endpoint_url or "", top, asked.name, asked.mode, asked.size)
+    return await _activate(run, asked.ref, asked.source, top, asked.name, asked.mode, asked.size)
 
 
 async def _activate(

@@ -4,8 +4,8 @@ Rule 1: one table, SETTINGS, names each setting, its type, its variable and its 
 Rule 2: an unknown key or a wrong type is an error that names the file, the line and the nearest key.
 Rule 3: every value remembers its origin (`imgpull config show --origin`).
 
-The AWS SDK's own variables and files (AWS_*, ~/.aws) are left to it, untouched. Source of the paths: XDG Base Directory
-Specification 0.8; file-hierarchy(7).
+The AWS SDK's own files (~/.aws) and credentials are left to it, untouched. Source of the paths: XDG Base Directory
+Specification 0.8; file-hierarchy(7). Source of the AWS_* names: AWS SDKs and Tools Reference Guide, "Settings".
 """
 
 import difflib
@@ -34,22 +34,25 @@ class Row(NamedTuple):
     help: str
     choices: tuple[str, ...] = ()
     unit: str = ""
+    aws: tuple[str, ...] = ()  # variables of the AWS SDK that mean the same; ours goes before them
 
     @property
-    def variable(self) -> str:
-        """Its environment variable."""
-        return "IMGPULL_" + self.name.upper()
+    def variables(self) -> tuple[str, ...]:
+        """Its environment variables, the strongest first."""
+        return ("IMGPULL_" + self.name.upper(), *self.aws)
 
 
 SETTINGS: Final = (
-    Row("endpoint_url", str, "", "URL of an S3 server that is not AWS"),
-    Row("region", str, "", "AWS region of the bucket"),
-    Row("profile", str, "", "profile of the AWS configuration"),
+    Row(
+        "endpoint_url", str, "", "URL of an S3 server that is not AWS", aws=("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    ),
+    Row("region", str, "", "AWS region of the bucket", aws=("AWS_REGION", "AWS_DEFAULT_REGION")),
+    Row("profile", str, "", "profile of the AWS configuration", aws=("AWS_PROFILE", "AWS_DEFAULT_PROFILE")),
     Row("no_sign_request", bool, False, "send unsigned requests, for public buckets"),
     Row("request_payer", bool, False, "accept the charges of a requester-pays bucket"),
     Row("quirks", str, "", "kind of S3 server", ("", "aws", "ceph", "garage", "seaweedfs", "tigris", "r2", "swift")),
     Row("addressing", str, "", "how the bucket is named in URLs", ("", "auto", "path", "virtual")),
-    Row("ca_bundle", str, "", "file of certificates to trust instead of the system's"),
+    Row("ca_bundle", str, "", "file of certificates to trust instead of the system's", aws=("AWS_CA_BUNDLE",)),
     Row("max_streams", int, 8, "parallel ranged requests of one pull"),
     Row("rate_limit", int, 0, "bandwidth of one pull; 0 is no limit", unit="bytes/s"),
     Row("min_rate", int, 1024, "a stream slower than this is started anew", unit="bytes/s"),
@@ -85,6 +88,14 @@ class Settings:
             raise AttributeError(name) from None
 
     @property
+    def source(self) -> str:
+        """Name the S3 world that a reference belongs to: the same reference at two endpoints is two images.
+
+        An endpoint that only a profile of ~/.aws/config names is known to the SDK alone; then the profile stands for it.
+        """
+        return str(self.endpoint_url or (f"profile:{self.profile}" if self.profile else ""))
+
+    @property
     def state(self) -> Path:
         """The folder of the state database."""
         return Path(self.state_dir)
@@ -108,9 +119,10 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, syst
     for path in _files(environ, home, system_dir):
         values.update(_read_file(path))
     for row in SETTINGS:
-        text = environ.get(row.variable)
-        if text is not None:
-            values[row.name] = Value(_convert(row, text, row.variable), row.variable)
+        for variable in reversed(row.variables):
+            text = environ.get(variable)
+            if text is not None:
+                values[row.name] = Value(_convert(row, text, variable), variable)
     for name, value in flags.items():
         row = BY_NAME[name]
         values[name] = Value(_convert(row, value, "the command line"), "command line")

@@ -150,7 +150,12 @@ def pull(
 ) -> Pulled:
     """Pull one image; an object that changes while it is fetched is resolved anew."""
     request = machines.PullRequest(
-        ref=str(reference), endpoint=endpoint_of(settings), name=name, size=size_bytes, expect=expect
+        ref=str(reference),
+        source=settings.source,
+        endpoint=endpoint_of(settings),
+        name=name,
+        size=size_bytes,
+        expect=expect,
     )
     for attempt in range(1, CHANGED_RETRIES + 1):
         try:
@@ -164,16 +169,16 @@ def pull(
 
 async def _pull(settings: Settings, report: Reporter, request: machines.PullRequest, refresh: bool) -> Pulled:
     async with _engine(settings, report) as (app, engine):
-        before = await app.read(store.image_by_ref, request.ref, request.endpoint.endpoint_url or "")
+        before = await app.read(store.image_by_ref, request.ref, request.source)
         old = await app.read(store.image_layers, before.id) if before else []
-        key = store.pull_key(request.ref, request.endpoint.endpoint_url or "")
+        key = store.pull_key(request.ref, request.source)
         outcome = await _do(engine, machines.PULL, key, request)
         if request.name is None:
             device = None
         elif "activate" in outcome.results:
             device = outcome.result("activate", machines.Activated).device
         else:  # a pull that was at work already had been asked for no activation
-            after = await app.read(store.image_by_ref, request.ref, request.endpoint.endpoint_url or "")
+            after = await app.read(store.image_by_ref, request.ref, request.source)
             assert after is not None
             device = (await _activate(engine, after, request.name, request.mode, request.size)).device
         layers = outcome.result("layers", machines.Layers)
@@ -195,7 +200,9 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
 
 def plan(settings: Settings, reference: Reference) -> dict[str, Any]:
     """Return what a pull would do now: a row a layer, and sums. Nothing is done but asking S3 and the helper."""
-    request = machines.PullRequest(ref=str(reference), endpoint=endpoint_of(settings), name=reference.default_name)
+    request = machines.PullRequest(
+        ref=str(reference), source=settings.source, endpoint=endpoint_of(settings), name=None
+    )
 
     async def work() -> dict[str, Any]:
         async with _engine(settings, Reporter()) as (app, _):

@@ -120,6 +120,16 @@ def test_second_pull_starts_nothing_and_writes_nothing(world: World) -> None:
     )
 
 
+def test_same_reference_at_another_endpoint_is_another_image(world: World) -> None:
+    world.put("one", b"a")
+    world.run("pull", REF, "--no-activate")
+    world.environ["AWS_ENDPOINT_URL"] = "http://elsewhere"
+    world.put("one", b"b")
+    assert world.run("pull", REF, "--no-activate")[0] == 0
+    endpoints = [row["endpoint"] for row in json.loads(world.run("ls", "--json")[1])]
+    assert endpoints == ["", "http://elsewhere"]
+
+
 def test_second_image_shares_lower_layers(world: World) -> None:
     world.put("one", b"a", b"b", b"c")
     world.put("two", b"a", b"b", b"d")

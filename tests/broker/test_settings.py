@@ -41,6 +41,15 @@ def test_each_source_beats_the_next(tmp_path: Path) -> None:
         assert found.values["region"].origin.endswith(origin)
 
 
+def test_variables_of_the_aws_sdk_stand_behind_ours(tmp_path: Path) -> None:
+    env = {"AWS_ENDPOINT_URL": "http://a", "AWS_ENDPOINT_URL_S3": "http://b", "AWS_DEFAULT_REGION": "r"}
+    found = load(tmp_path / "1", 'region = "file"', env=env)
+    assert (found.endpoint_url, found.values["endpoint_url"].origin) == ("http://b", "AWS_ENDPOINT_URL_S3")
+    assert (found.region, found.source) == ("r", "http://b")
+    assert load(tmp_path / "2", env={**env, "IMGPULL_ENDPOINT_URL": "http://c"}).endpoint_url == "http://c"
+    assert load(tmp_path / "3", env={"AWS_PROFILE": "fleet"}).source == "profile:fleet"
+
+
 def test_xdg_folders_are_honoured_and_relative_ones_ignored(tmp_path: Path) -> None:
     found = load(tmp_path, env={"XDG_STATE_HOME": "/s", "XDG_CACHE_HOME": "relative"})
     assert found.state_dir == "/s/imgpull"
