@@ -91,7 +91,7 @@ class Settings:
     def source(self) -> str:
         """Name the S3 world that a reference belongs to: the same reference at two endpoints is two images.
 
-        An endpoint that only a profile of ~/.aws/config names is known to the SDK alone; then the profile stands for it.
+        An endpoint that only a profile of ~/.aws/config names is known to the SDK alone: the profile stands for it.
         """
         return str(self.endpoint_url or (f"profile:{self.profile}" if self.profile else ""))
 
