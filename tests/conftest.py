@@ -42,12 +42,12 @@ BEFORE: Final = pytest.StashKey[set[str]]()
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[str]:
-    """Return the name of the group that may ask the root helper; it exists."""
+    """Return the name of a group that may ask the root helper; it exists."""
     remove_abandoned()
     for folder in Path("/var/tmp").glob(f"{TEST_PREFIX}*-helper"):
         if is_abandoned(folder.name):
             mend(folder)
-    with client_group() as name:
+    with client_group(run_name("clients")) as name:  # of this process: parallel runs do not take it from each other
         yield name
 
 

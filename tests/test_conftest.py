@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import subprocess
@@ -80,9 +81,12 @@ def test_the_account_of_a_killed_run_is_removed() -> None:
     process.wait()
     name = f"{TEST_PREFIX}{process.pid}-killed"
     subprocess.run(["useradd", "--system", "--no-create-home", name], check=True)
+    subprocess.run(["groupadd", "--system", f"{name}2"], check=True)
     remove_abandoned()
     with pytest.raises(KeyError):
         pwd.getpwnam(name)
+    with pytest.raises(KeyError):
+        grp.getgrnam(f"{name}2")
 
 
 @pytest.mark.root

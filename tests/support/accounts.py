@@ -95,10 +95,13 @@ def client_group(name: str = "imgpull") -> Iterator[str]:
 
 
 def remove_abandoned() -> None:
-    """Remove the accounts of runs that are no more."""
+    """Remove the accounts and groups of runs that are no more."""
     for entry in pwd.getpwall():
         if is_abandoned(entry.pw_name):
             _remove(entry.pw_name)
+    for group in grp.getgrall():
+        if is_abandoned(group.gr_name):
+            _run("groupdel", group.gr_name)
 
 
 def is_abandoned(name: str) -> bool:
