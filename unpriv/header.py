@@ -21,6 +21,7 @@ HEADER_TEXT: Final = rule("header_text")
 NUMBER_MALFORMED: Final = rule("number_malformed")
 NUMBER_NEGATIVE: Final = rule("number_negative")
 NUMBER_TOO_LARGE: Final = rule("number_too_large")
+SPARSE_FILE: Final = rule("sparse_file")
 
 BLOCK_BYTES: Final = 512
 ZERO_BLOCK: Final = bytes(BLOCK_BYTES)
@@ -74,7 +75,7 @@ def parse(block: bytes) -> Header:
         if prefix != _NO_PREFIX:
             name = text(prefix, "prefix") + b"/" + name
     elif magic == _GNU:
-        _expect_plain_gnu(prefix, pad)
+        _expect_plain_gnu(prefix, pad, typeflag)
     elif magic != _V7:
         raise RejectedError(HEADER_MAGIC, f"unknown magic {magic!r}")
     elif block[265:] != _V7_REST:
@@ -108,13 +109,15 @@ def _expect_checksum(block: bytes, field: bytes) -> None:
         raise RejectedError(HEADER_CHECKSUM, f"expected {expected}, found {found}")
 
 
-def _expect_plain_gnu(prefix: bytes, pad: bytes) -> None:
+def _expect_plain_gnu(prefix: bytes, pad: bytes, typeflag: bytes) -> None:
     """Accept access and change time at the place of POSIX's prefix; refuse what marks volumes and sparse files.
 
     tar(5): atime 12, ctime 12, offset 12, longnames 4, unused 1, sparse 96, isextended 1, realsize 12, pad 17.
     """
     if prefix == _NO_PREFIX and pad == _PAD:
         return
+    if typeflag == b"S":
+        raise RejectedError(SPARSE_FILE, "an old GNU sparse file")
     if any(prefix[24:]) or pad != _PAD:
         raise RejectedError(HEADER_RESERVED, "an old GNU header with a sparse map or a volume's offset")
     for field, what in ((prefix[:12], "atime"), (prefix[12:24], "ctime")):

@@ -119,6 +119,7 @@ class Reader:
             if state == _HEADER:
                 if end - position < BLOCK_BYTES:
                     self._partial = True
+                    self._expect_tar(bytes(chunk[position:end]), base + position)
                     break
                 block = bytes(chunk[position : position + BLOCK_BYTES])
                 position += BLOCK_BYTES
@@ -171,11 +172,15 @@ class Reader:
         """Return a plainer word for a first block that was never meant to be a header."""
         if offset or block[257:262] == b"ustar":
             return error
-        for magic, name in _MAGICS:
-            if block.startswith(magic):
-                found = COMPRESSION_NESTED if self._compressed else COMPRESSION_UNDECLARED
-                return RejectedError(found, f"the stream begins as {name}, expected a tar")
+        self._expect_tar(block, offset)
         return RejectedError(ARCHIVE_NOT_TAR, f"the stream does not begin with a header: {error.reason}")
+
+    def _expect_tar(self, beginning: bytes, offset: int) -> None:
+        """Refuse by name what begins as another format."""
+        for magic, name in _MAGICS:
+            if offset == 0 and beginning.startswith(magic):
+                which = COMPRESSION_NESTED if self._compressed else COMPRESSION_UNDECLARED
+                raise RejectedError(which, f"the stream begins as {name}, expected a tar", None, None, 0)
 
     def _on_end(self, chunk: memoryview, position: int, end: int, base: int) -> int:
         """Expect zeros: one block of them, then as many as there are."""

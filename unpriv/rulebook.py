@@ -77,7 +77,10 @@ def escape(name: bytes, limit: int = 1024) -> str:
 
 
 def _escape_one(character: str) -> str:
+    # By hand: the codec "unicode_escape" would be imported at its first use, from a file.
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
+    if character == "\\":
+        return "\\\\"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -4,8 +4,9 @@ Rule 1: what is granted stands in policy/syscalls/*.seccomp and in the caller's 
 Rule 2: resource limits, no_new_privs and seccomp are required. Landlock is required wherever the kernel has it.
 Rule 3: a lock that does not take raises SandboxError; the caller must not go on.
 
-Order matters: limits and Landlock bind the calling thread and what it starts later, so threads are started after them;
-seccomp comes last and binds all threads at once (SECCOMP_FILTER_FLAG_TSYNC).
+Order matters: Landlock binds the calling thread and what it starts later, so threads are started after it; the resource
+limits come then, for they may leave no descriptor for a ruleset and no process for a thread; seccomp comes last and
+binds all threads at once (SECCOMP_FILTER_FLAG_TSYNC).
 """
 
 import errno
@@ -82,10 +83,10 @@ def lock(
 ) -> dict[str, str]:
     """Enter the sandbox for the rest of this process's life; return what took, layer by layer, for a report.
 
-    ``syscalls`` names a policy of policy/syscalls/. ``rlimits`` maps the lower-case name of a limit (setrlimit(2)) to
-    its value, soft and hard. ``start_threads`` is called when all but seccomp is in place: the threads that it starts
-    are under every lock, and none can be started later unless the policy has the clone calls. Lazy imports, codecs and
-    lookups that need files must have happened before.
+    ``syscalls`` names a policy of policy/syscalls/, which must allow ``prctl arg0 == PR_GET_SECCOMP``, the last proof.
+    ``rlimits`` maps the lower-case name of a limit (setrlimit(2)) to its value, soft and hard. ``start_threads`` is
+    called when Landlock is in force: the threads that it starts are under every lock, and none can be started later
+    unless the policy has the clone calls. Lazy imports, codecs and lookups that need files must have happened before.
 
     Raises:
         SandboxError: a lock did not take. Some may have: end the process.
@@ -93,13 +94,12 @@ def lock(
     _expect_one_thread()
     try:
         program = seccomp.assemble(seccomp.load(syscalls, kernel.machine()), kernel.machine())
-        took = {"rlimits": _limit({**_ALWAYS, **rlimits})}
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-        took["no_new_privs"] = "on"
-        took["landlock"] = _restrict(landlock)
+        took = {"no_new_privs": "on", "landlock": _restrict(landlock)}
         if start_threads is not None:
             start_threads()
+        took["rlimits"] = _limit({**_ALWAYS, **rlimits})
         kernel.seccomp_filter(program)
         took["seccomp"] = f"{syscalls}, {len(program) // 8} instructions"
         _prove_seccomp()
