@@ -174,9 +174,9 @@ class Answers:
                 self._check_inside(synced, self._ledger.device(dev))
                 payload_bytes = os.fstat(payload).st_size
 
-                def work(root: int, tell: Callable[[int, int], None]) -> tuple[int, int]:
-                    writer = populate.Writer(root, payload, payload_bytes, self._settings)
-                    return populate.run(writer, file, self._settings, tell)
+                def work(root: int, tell: populate.Tell) -> tuple[int, int]:
+                    writer = populate.Writer(root, payload, payload_bytes, self._settings, tell)
+                    return populate.run(writer, file, self._settings)
 
                 self._watch(sandbox.start(self._policy, "populate", mount, (file, payload), work))
                 kernel.syncfs(synced)
@@ -368,8 +368,8 @@ class Answers:
     def _compare(self, dev: int, file: int) -> None:
         mount = self._mount_read_only(self._store.activate(dev, True))
 
-        def work(root: int, tell: Callable[[int, int], None]) -> tuple[int, int]:
-            return populate.run(verify.Reader(root, self._settings), file, self._settings, tell)
+        def work(root: int, tell: populate.Tell) -> tuple[int, int]:
+            return populate.run(verify.Reader(root, self._settings, tell), file, self._settings)
 
         try:
             self._watch(sandbox.start(self._policy, "verify", mount, (file,), work))

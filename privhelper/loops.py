@@ -81,8 +81,9 @@ def backing_inode(path: str) -> tuple[int, int] | None:
 
 def grant(path: str, uid: int) -> None:
     """Hand a device node to a user. The group stays root's, so that the helper can open it without DAC_OVERRIDE."""
+    os.chown(path, 0, 0, follow_symlinks=False)  # without FOWNER the mode is changed by the owner alone
     os.chmod(path, 0o660)
-    os.chown(path, uid, 0)
+    os.chown(path, uid, 0, follow_symlinks=False)
 
 
 def detach(path: str, wait_s: float) -> None:

@@ -30,13 +30,34 @@ _SURPRISES: Final = (
 )  # fmt: skip
 
 
+Tell = Callable[[int, int], None]
+
+
+class Progress:
+    """Counts entries and bytes and tells now and then; no clock is asked, so none has to be allowed."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._entries = self._bytes = self._untold = 0
+
+    def add(self, content_bytes: int, entries: int = 0) -> None:
+        """Count work done."""
+        self._entries += entries
+        self._bytes += content_bytes
+        self._untold += content_bytes + entries * (_TELL_EVERY_BYTES // _TELL_EVERY_ENTRIES)
+        if self._untold >= _TELL_EVERY_BYTES:
+            self._untold = 0
+            self._tell(self._entries, self._bytes)
+
+
 class Walk:
     """The way from the root to the directory where the walk stands: one open descriptor a level."""
 
     handlers: dict[str, Callable[[Operation, int], None]]
 
-    def __init__(self, root: int, limits: Mapping[str, int]) -> None:
+    def __init__(self, root: int, limits: Mapping[str, int], tell: Tell) -> None:
         self._limits = limits
+        self.progress = Progress(tell)
         self.root = root
         self._numbers = [0]
         self._descriptors = [root]
@@ -104,8 +125,8 @@ class Walk:
 class Writer(Walk):
     """Makes each operation true."""
 
-    def __init__(self, root: int, payload: int, payload_bytes: int, settings: Mapping[str, Any]) -> None:
-        super().__init__(root, settings["limits"])
+    def __init__(self, root: int, payload: int, payload_bytes: int, settings: Mapping[str, Any], tell: Tell) -> None:
+        super().__init__(root, settings["limits"], tell)
         self._payload = payload
         self._payload_bytes = payload_bytes
         self._fifo = settings["populate"]["fifo"]
@@ -192,6 +213,7 @@ class Writer(Walk):
                 chunk = chunk[os.write(file, chunk) :]
             at += count
             rest -= count
+            self.progress.add(count)
         if digest.hexdigest() != operation.sha256:
             raise RejectedError("payload_digest", 0, f"content is sha256 {digest.hexdigest()}, not {operation.sha256}")
 
@@ -235,9 +257,7 @@ class Writer(Walk):
         os.utime(operation.name, ns=times, dir_fd=parent, follow_symlinks=False)
 
 
-def run(
-    walk: Walk, manifest_file: int, settings: Mapping[str, Any], tell: Callable[[int, int], None]
-) -> tuple[int, int]:
+def run(walk: Walk, manifest_file: int, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Apply a whole manifest; return how many operations and how many bytes of content it had.
 
     Raises:
@@ -246,7 +266,7 @@ def run(
     """
     lines = manifest.lines(manifest_file)
     header = manifest.parse_header(next(lines, b""), settings["limits"])
-    entry = content_bytes = told_bytes = 0
+    entry = content_bytes = 0
     for entry, line in enumerate(lines, 1):
         operation = manifest.parse(line, entry)
         content_bytes += operation.size
@@ -261,9 +281,7 @@ def run(
                 where = f"operation {entry}, {operation.kind}: {os.strerror(error.errno)}"
                 raise RejectedError("tree_conflict", entry, where) from error
             raise
-        if entry % _TELL_EVERY_ENTRIES == 0 or content_bytes - told_bytes > _TELL_EVERY_BYTES:
-            tell(entry, content_bytes)
-            told_bytes = content_bytes
+        walk.progress.add(0, 1)
     if (entry, content_bytes) != (header.entries, header.content_bytes):
         said = f"{header.entries} operations with {header.content_bytes} bytes, found {entry} with {content_bytes}"
         raise RejectedError("manifest_totals", entry, f"the first line says {said}, or more")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from privhelper import protocol
 from privhelper.manifest import Operation, RejectedError
-from privhelper.populate import Walk
+from privhelper.populate import Tell, Walk
 
 _CHUNK_BYTES: Final = 1 << 17
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -22,8 +22,8 @@ _KINDS: Final = {"file": stat.S_IFREG, "dir": stat.S_IFDIR, "meta": stat.S_IFDIR
 class Reader(Walk):
     """Finds each operation true, or raises RejectedError("verify_differs")."""
 
-    def __init__(self, root: int, settings: Mapping[str, Any]) -> None:
-        super().__init__(root, settings["limits"])
+    def __init__(self, root: int, settings: Mapping[str, Any], tell: Tell) -> None:
+        super().__init__(root, settings["limits"], tell)
         self._buffer = memoryview(bytearray(_CHUNK_BYTES))
         self.handlers = {
             "enter": self._enter, "remove": self._pass, "dir": self._dir, "meta": self._dir, "file": self._file,
@@ -52,6 +52,7 @@ class Reader(Walk):
             digest = hashlib.sha256()
             while count := os.readv(file, [self._buffer]):
                 digest.update(self._buffer[:count])
+                self.progress.add(count)
             _must(digest.hexdigest() == operation.sha256, f"is sha256 {digest.hexdigest()}, not {operation.sha256}")
             _compare_xattrs(operation, file)
         finally:

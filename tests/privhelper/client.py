@@ -15,7 +15,9 @@ from typing import Any
 from privhelper import protocol
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MAIN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from privhelper.__main__ import main; sys.exit(main(sys.argv[1:]))"
+MAIN = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1));from privhelper.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
@@ -69,7 +71,7 @@ class Helper:
     def ask(self, op: str, fds: list[int] | None = None, **fields: Any) -> dict[str, Any]:
         """Send a request; return its answer with ``items`` and ``fds``."""
         self.send({"op": op, **fields}, fds)
-        items = []
+        items: list[dict[str, Any]] = []
         while True:
             reply, received = self.receive()
             if reply["type"] in ("ok", "error"):
@@ -97,10 +99,10 @@ def connected_pair(uid: int) -> tuple[socket.socket, socket.socket]:
     # The credentials are those of the process that makes the pair; a child makes it and hands both ends over.
     ours, childs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     script = (
-        "import socket,array,os,sys; os.setgroups([]); os.setgid({0}); os.setuid({0});"
+        f"import socket,os,sys; os.setgroups([]); os.setgid({uid}); os.setuid({uid});"
         "a,b=socket.socketpair(socket.AF_UNIX,socket.SOCK_SEQPACKET);"
         "socket.send_fds(socket.socket(fileno=int(sys.argv[1])),[b'x'],[a.fileno(),b.fileno()])"
-    ).format(uid)
+    )
     subprocess.run([sys.executable, "-I", "-c", script, str(childs.fileno())], pass_fds=[childs.fileno()], check=True)
     _, fds, _, _ = socket.recv_fds(ours, 16, 2)
     ours.close()

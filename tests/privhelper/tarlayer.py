@@ -6,9 +6,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from tests.privhelper.client import line
-
 from privhelper import protocol
+from tests.privhelper.client import line
 
 Node = dict[str, Any]
 
