@@ -31,7 +31,6 @@ _LAYOUT: Final = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12s")
 _POSIX: Final = b"ustar\x0000"
 _GNU: Final = b"ustar  \0"
 _V7: Final = bytes(8)
-_V7_REST: Final = bytes(BLOCK_BYTES - 265)
 _PAD: Final = bytes(12)
 _NO_PREFIX: Final = bytes(155)
 _OCTAL: Final = re.compile(rb" *([0-7]+)[ \0]*")
@@ -65,8 +64,10 @@ def parse(block: bytes) -> Header:
     Raises:
         RejectedError: header_*, number_*.
     """
-    fields = _LAYOUT.unpack(block)
-    name, mode, uid, gid, size, mtime, checksum, typeflag, linkname, magic, _, _, major, minor, prefix, pad = fields
+    (
+        name, mode, uid, gid, size, mtime, checksum, typeflag, linkname, magic,
+        uname, gname, major, minor, prefix, pad,
+    ) = _LAYOUT.unpack(block)  # fmt: skip
     _expect_checksum(block, checksum)
     name = text(name, "name")
     if magic == _POSIX:
@@ -78,7 +79,7 @@ def parse(block: bytes) -> Header:
         _expect_plain_gnu(prefix, pad, typeflag)
     elif magic != _V7:
         raise RejectedError(HEADER_MAGIC, f"unknown magic {magic!r}")
-    elif block[265:] != _V7_REST:
+    elif any(uname) or any(gname) or prefix != _NO_PREFIX or pad != _PAD:  # GNU tar writes device numbers even here
         raise RejectedError(HEADER_RESERVED, "a version 7 header with data behind its link name")
     length = number_or_blank(size, "size") if size[0] in b"\0 " else number(size, "size")
     return Header(
