@@ -6,6 +6,7 @@ Rule 3: compact, for there may be a million members: a leaf is a number into pac
 children too.
 """
 
+import hashlib
 import struct
 from typing import Final, NamedTuple
 
@@ -244,5 +245,5 @@ class Layer:
         directory.whiteouts.add(name[len(_PREFIX) :])
 
 
-_EMPTY_DIGEST: Final = bytes(_DIGEST_BYTES)
+_EMPTY_DIGEST: Final = hashlib.sha256().digest()  # of a file without content, until another is set
 SPECIALS: Final = (CHAR, BLOCK, FIFO)  # kept in the tree only to say what was omitted there
