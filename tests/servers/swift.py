@@ -41,6 +41,7 @@ swift_hash_path_suffix = tests
 name = only
 default = yes
 """
+# tempauth insists on a cache. Its port is bound and never answers, so that Swift goes on without.
 # The storage servers. One device, no mount; a request comes from the proxy alone.
 STORE_CONF: Final = """
 [DEFAULT]
@@ -74,7 +75,7 @@ log_level = WARNING
 log_address = {folder}/no-log
 
 [pipeline:main]
-pipeline = catch_errors gatekeeper s3api tempauth slo versioned_writes symlink proxy-server
+pipeline = catch_errors gatekeeper cache s3api tempauth slo versioned_writes symlink proxy-server
 
 [app:proxy-server]
 use = egg:swift#proxy
@@ -88,6 +89,11 @@ use = egg:swift#catch_errors
 
 [filter:gatekeeper]
 use = egg:swift#gatekeeper
+
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:{cache}
+memcache_max_connections = 1
 
 [filter:s3api]
 use = egg:swift#s3api
@@ -147,8 +153,10 @@ def running(folder: Path, port: int = 0) -> Iterator[Swift]:
         raise SwiftError(f"apt-get install --no-install-recommends {' '.join(PACKAGES)}")
     ports = free_ports(4)
     ports["proxy"] = port or ports["proxy"]
-    configure(folder.absolute(), ports)
     with ExitStack() as stack:
+        cache = stack.enter_context(socket.socket())
+        cache.bind(("127.0.0.1", 0))
+        configure(folder.absolute(), ports, cache.getsockname()[1])
         processes = [stack.enter_context(server(folder.absolute(), kind)) for kind in ports]
         wait_for(ports, folder.absolute(), processes)
         yield Swift(f"http://127.0.0.1:{ports['proxy']}")
@@ -164,17 +172,18 @@ def free_ports(number: int) -> dict[str, int]:
         return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
 
 
-def configure(folder: Path, ports: dict[str, int]) -> None:
+def configure(folder: Path, ports: dict[str, int], cache: int) -> None:
     """Write the configuration and the rings below a folder."""
     etc = folder / "etc"
     etc.mkdir(parents=True, exist_ok=True)
     (folder / "srv" / "d1").mkdir(parents=True, exist_ok=True)
     (etc / "swift.conf").write_text(SWIFT_CONF)
     user = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
-    proxy = PROXY_CONF.format(port=ports["proxy"], folder=folder, user=user, region=REGION, secret=SECRET_KEY)
+    common = {"folder": folder, "user": user}
+    proxy = PROXY_CONF.format(port=ports["proxy"], cache=cache, region=REGION, secret=SECRET_KEY, **common)
     (etc / "proxy.conf").write_text(proxy)
     for kind in ("account", "container", "object"):
-        text = STORE_CONF.format(port=ports[kind], folder=folder, user=user, kind=kind)
+        text = STORE_CONF.format(port=ports[kind], kind=kind, **common)
         (etc / f"{kind}.conf").write_text(text)
         make_ring(etc, kind, ports[kind])
 
