@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from functools import partial as bind
 from hashlib import sha256
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 
 import trio
 from pydantic import TypeAdapter, ValidationError
@@ -73,7 +73,7 @@ from unpriv.ranges import Bucket, Retries, Tuning, Watchdog, Width
 
 if TYPE_CHECKING:
     from unpriv import s3
-    from unpriv.streams import Attempt
+    from unpriv.streams import Attempt, Slot
 
 T = TypeVar("T")
 MEMORY_BYTES: Final = 512 << 20  # a reply without end fails before it harms the host
@@ -86,6 +86,13 @@ LOCK_POLL_S: Final = 0.1
 NOTICE_EVERY_S: Final = 5.0  # of one object and one kind
 SECRET_MIN: Final = 4  # a shorter one would cut holes into every text
 REQUESTS: Final[TypeAdapter[FetchRequest]] = TypeAdapter(FetchRequest)
+
+
+class Reporter(Protocol):
+    """Where reports go."""
+
+    async def send(self, report: FetchReport) -> None:
+        """Pass one report on."""
 
 
 class Reports:
@@ -150,7 +157,7 @@ class Job:
 class Fetcher:
     """Answers the requests of one broker."""
 
-    def __init__(self, client: "s3.Client", hello: Hello, blobs: BlobDir, reports: Reports, tuning: Tuning) -> None:
+    def __init__(self, client: "s3.Client", hello: Hello, blobs: BlobDir, reports: Reporter, tuning: Tuning) -> None:
         from unpriv.streams import Slots
 
         self.client = client
@@ -195,14 +202,21 @@ class Fetcher:
 
     async def _control(self, request_id: int, ask: Callable[[], T]) -> T:
         """Ask S3 something small in a thread, again after a passing failure. Raises: FetchError."""
+        from unpriv.s3 import Line
+
         retries = Retries(self.tuning, self.attempts)
         last: FetchError | None = None
         with trio.move_on_after(self.tuning.control_s) as scope:
             while True:
+                line = Line()
                 try:
-                    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self.control_threads)
+                    return await trio.to_thread.run_sync(
+                        line.run, ask, abandon_on_cancel=True, limiter=self.control_threads
+                    )
                 except FetchError as error:
                     last = error
+                finally:
+                    line.cut()  # a thread that was left behind must end
                 pause_s = retries.delay_s(last, 0)
                 if trio.current_time() + pause_s > scope.deadline:
                     raise last
@@ -296,8 +310,8 @@ class Fetcher:
             nursery.start_soon(hash_all)
             for cell in range(grid.cells):
                 if cell not in job.done:
-                    await self.slots.acquire(job.order)
-                    nursery.start_soon(self._cell, job, cell)
+                    slot = await self.slots.acquire(job.order)
+                    nursery.start_soon(self._cell, job, cell, slot)
         return digest
 
     async def _hash(self, job: Job, request: Fetch) -> str:
@@ -314,16 +328,16 @@ class Fetcher:
 
     # ------------------------------------------------------------ one range
 
-    async def _cell(self, job: Job, cell: int) -> None:
+    async def _cell(self, job: Job, cell: int, slot: "Slot") -> None:
         """Fetch one cell, however many requests it takes; give its stream back. Raises: FetchError."""
         try:
-            crc = await self._ranges(job, cell)
+            crc = await self._ranges(job, cell, slot)
             job.partial.complete(cell, crc)
             job.finish(cell)
         finally:
-            self.slots.release()
+            slot.release()
 
-    async def _ranges(self, job: Job, cell: int) -> int:
+    async def _ranges(self, job: Job, cell: int, slot: "Slot") -> int:
         """Fetch one cell; return its CRC-32. A request that broke off is continued where it ended."""
         from unpriv.streams import Attempt
 
@@ -335,8 +349,11 @@ class Fetcher:
             await self._attempt(job, attempt)
             if attempt.error is None:
                 return attempt.crc
+            brought_bytes = attempt.received
             offset, crc = attempt.offset, attempt.crc
-            await self._pause(job, attempt.error, retries.delay_s(attempt.error, attempt.received))
+            if offset == end:  # all came, and more: none of it is to be believed, and none counts as progress
+                brought_bytes, offset, crc = 0, start, 0
+            await self._pause(job, attempt.error, retries.delay_s(attempt.error, brought_bytes), slot)
 
     async def _attempt(self, job: Job, attempt: "Attempt") -> None:
         """Run one request in a thread under a watchdog."""
@@ -359,7 +376,7 @@ class Fetcher:
         dog = Watchdog(self._min_rate(), window_s)
         while not dog.too_slow(trio.current_time(), attempt.received):  # noqa: ASYNC110  # time itself is the event
             await trio.sleep(window_s / 8)
-        if attempt.body is None:
+        if not attempt.answered:
             why = FetchError("timed_out", f"no answer within {window_s:g} s", retryable=True)
         else:
             why = FetchError("too_slow", f"less than {dog.min_rate} bytes a second for {window_s:g} s", retryable=True)
@@ -373,14 +390,14 @@ class Fetcher:
             return self.hello.min_rate
         return min(self.hello.min_rate, self.hello.rate_limit // (4 * max(1, self.slots.used)))
 
-    async def _pause(self, job: Job, error: FetchError, pause_s: float) -> None:
+    async def _pause(self, job: Job, error: FetchError, pause_s: float, slot: "Slot") -> None:
         """Wait before the next attempt, if the deadline allows it. Raises: the error."""
         if error.throttled:
             self.slots.resize(self.width.throttled())
         if trio.current_time() + pause_s > job.ends_at_s:
             raise error
         await self._notice(job, error.code, f"{error.message}; tries again in {pause_s:.1f} s")
-        await trio.sleep(pause_s)
+        await slot.lend(pause_s)
 
     # ------------------------------------------------------------ around
 

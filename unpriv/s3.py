@@ -13,13 +13,14 @@ import os
 import re
 import socket
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib import import_module
 from time import time
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import boto3
@@ -27,11 +28,13 @@ import botocore
 import botocore.exceptions as aws
 import urllib3.exceptions as http
 from botocore import UNSIGNED
+from botocore.awsrequest import AWSHTTPConnection, AWSHTTPConnectionPool, AWSHTTPSConnection, AWSHTTPSConnectionPool
 from botocore.config import Config
 
 from broker.protocol import MAX_LAYERS, Endpoint, FetchCode, Pin
 from unpriv.failures import FetchError, quote
 
+T = TypeVar("T")
 CHUNK_BYTES: Final = 64 << 10  # of one read: larger ones go through mmap in glibc and are slower (Debian 12)
 MAX_RETRY_AFTER_S: Final = 3600.0
 AHEAD: Final = 4  # connections above the streams, for HEAD and LIST
@@ -86,6 +89,7 @@ CODES: Final[dict[str, FetchCode]] = {
     "InvalidRange": "changed",
     "PreconditionFailed": "changed",
 }
+NOT_S3: Final = frozenset({"", "400", "401", "403"})  # the codes of a reply without an S3 error in it
 THROTTLES: Final = frozenset({
     "429", "503", "RequestLimitExceeded", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException",
     "TooManyRequestsException",
@@ -99,10 +103,9 @@ HINTS: Final[dict[FetchCode, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """The bytes of one range, not yet read. ``stop`` ends a read that hangs in another thread."""
+    """The bytes of one range, not yet read."""
 
     read: Callable[[int], bytes]  # up to so many bytes, as they come; b"" at the end
-    stop: Callable[[], None]
     close: Callable[[], None]
     length_known: bool  # if not, only another read tells that there is no more
 
@@ -134,7 +137,7 @@ class Client:
         Raises: FetchError, with `listing_too_long` for more than MAX_LAYERS + 1 objects.
         """
         pins: list[Pin] = []
-        with translated(f"list s3://{bucket}/{prefix}"):
+        with self._translated(f"list s3://{bucket}/{prefix}", NOT_S3 | {"412"}):
             for page in self._pages(bucket, prefix):
                 pins += [self._pin(bucket, item["Key"], item["Size"], item) for item in page.get("Contents", [])]
                 if len(pins) > MAX_LAYERS + 1:
@@ -154,27 +157,11 @@ class Client:
 
     def head(self, bucket: str, key: str) -> Pin:
         """Return one object's pin. Raises: FetchError."""
-        name = f"s3://{bucket}/{key}"
-        try:
-            with translated(f"read {name}"):
-                reply = self._s3.head_object(Bucket=bucket, Key=key, **self._payer())
-                return self._pin(bucket, key, reply["ContentLength"], reply)
-        except FetchError as error:
-            if error.retryable:
-                raise
-            self._ask_why(bucket, key)  # a HEAD has no body, so its error says little
-            raise
-
-    def _ask_why(self, bucket: str, key: str) -> None:
-        """Raise what a GET of one byte says about an object that could not be read."""
-        with translated(f"read s3://{bucket}/{key}"):
-            self._s3.get_object(Bucket=bucket, Key=key, Range="bytes=0-0", **self._payer())["Body"].close()
+        return self._head({"Bucket": bucket, "Key": key, **self._payer()})[0]
 
     def checksum(self, pin: Pin) -> Checksum | None:
         """Check that the pinned object is still there; return the server's checksum of all of it, if it has one."""
-        with translated(f"read s3://{pin.bucket}/{pin.key}"):
-            reply = self._s3.head_object(**self._pinned(pin), ChecksumMode="ENABLED")
-            found = self._pin(pin.bucket, pin.key, reply["ContentLength"], reply)
+        found, reply = self._head({**self._pinned(pin), "ChecksumMode": "ENABLED"})
         if (found.size, found.etag) != (pin.size, pin.etag):
             raise changed(pin, f"expected {pin.etag}, {pin.size} bytes, found {found.etag}, {found.size} bytes")
         if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
@@ -185,12 +172,36 @@ class Client:
                 return Checksum(algorithm.lower(), value)
         return None  # CRC64NVME and CRC32C have no fast implementation in the standard library
 
+    def _head(self, arguments: dict[str, str]) -> tuple[Pin, dict[str, Any]]:
+        """Return the pin in a HeadObject's reply, and the reply. Raises: FetchError.
+
+        The errors of a HEAD have no body and say little; a GET of one byte says more, and botocore learns the bucket's
+        region from it. If that works, so will another HEAD.
+        """
+        bucket, key = arguments["Bucket"], arguments["Key"]
+        for attempt in range(2):
+            with self._translated(f"read s3://{bucket}/{key}"):
+                try:
+                    reply = self._s3.head_object(**arguments)
+                except aws.ClientError as error:
+                    if attempt or error.response["ResponseMetadata"]["HTTPStatusCode"] not in (400, 401, 403, 404):
+                        raise
+                    asked = {name: value for name, value in arguments.items() if name != "ChecksumMode"}
+                    self._s3.get_object(**asked, Range="bytes=0-0")["Body"].close()
+                    continue
+                return self._pin(bucket, key, reply["ContentLength"], reply), reply
+        raise AssertionError("the second HEAD either answers or raises")
+
+    def _translated(self, doing: str, not_s3: frozenset[str] = NOT_S3) -> AbstractContextManager[None]:
+        """Turn exceptions into FetchErrors, as ``translated`` does."""
+        return translated(doing, not_s3=not_s3 if self.credentials == "anonymous" else frozenset())
+
     def open(self, pin: Pin, start: int, end: int) -> Body:
         """Ask for the bytes [start, end) of a pinned object and check that the answer is exactly that.
 
         Raises: FetchError; `changed` when the object is no longer the pinned one.
         """
-        with translated(f"read s3://{pin.bucket}/{pin.key}"):
+        with self._translated(f"read s3://{pin.bucket}/{pin.key}"):
             reply = self._s3.get_object(**self._pinned(pin), Range=f"bytes={start}-{end - 1}")
             raw = reply["Body"]._raw_stream
             try:
@@ -198,7 +209,7 @@ class Client:
             except BaseException:
                 raw.close()
                 raise
-            return Body(raw.read1, raw.shutdown, raw.close, reply.get("ContentLength") is not None)
+            return Body(raw.read1, raw.close, reply.get("ContentLength") is not None)
 
     def _pinned(self, pin: Pin) -> dict[str, str]:
         """Return the arguments that make a server refuse anything but the pinned object."""
@@ -232,7 +243,8 @@ def check_range(pin: Pin, start: int, end: int, untrusted: dict[str, Any]) -> No
     if etag is not None and etag.strip('"') != pin.etag.strip('"'):
         raise changed(pin, f"expected ETag {pin.etag}, found {quote(etag)}")
     if status != 206:
-        raise FetchError("bad_response", f"expected status 206, got {status}: a server without ranges: {name}")
+        message = f"expected status 206, got {status}: does the server know ranges? {name}"
+        raise FetchError("bad_response", message, retryable=True)
     said = quote(untrusted.get("ContentRange"))
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", said)
     if not match:
@@ -261,7 +273,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
     A `credential_process` runs here, once: the sandbox that follows permits no exec.
     Raises: FetchError (`configuration`, `credentials_missing`).
     """
-    with translated("read the AWS configuration"):
+    with translated("use the AWS configuration", "configuration"):
         check_url(endpoint.endpoint_url)
         session = boto3.Session(profile_name=endpoint.profile)
         addressing, region = QUIRKS[endpoint.quirks] if endpoint.quirks else ("auto", None)
@@ -284,6 +296,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
             ),
         )
         check_url(client.meta.endpoint_url)
+        make_cuttable(client)
         source, secrets = _credentials(session, endpoint)
         attempts = session._session.get_config_variable("max_attempts")
         warm_up(client)
@@ -327,14 +340,14 @@ def warm_up(client: Any) -> None:
     for name in (
         "encodings.idna",
         "xml.etree.ElementTree",
-        "urllib3.contrib.socks",
         "ssl",
         "email.utils",
         "stringprep",
     ):
         with suppress(ImportError):
             import_module(name)
-    client.generate_presigned_url("head_object", Params={"Bucket": "warm-up", "Key": "x"}, ExpiresIn=1)
+    with suppress(aws.NoCredentialsError):  # the first request will say so
+        client.generate_presigned_url("head_object", Params={"Bucket": "warm-up", "Key": "x"}, ExpiresIn=1)
     hosts = [line.split()[1:] for line in _lines("/etc/nsswitch.conf") if line.startswith("hosts:")]
     if any(word not in ("files", "dns") and not word.startswith("[") for words in hosts for word in words):
         with suppress(OSError):
@@ -386,21 +399,116 @@ def check_url(url: str | None) -> None:
         raise FetchError("configuration", f"not an http or https URL: {quote(url)}")
 
 
+# ---------------------------------------------------------------- cut
+
+
+class Line:
+    """What one thread says over the network, so that another thread can cut it.
+
+    boto3 has no way to end a request: it waits as long as a server sends a byte, or a `100 Continue`, now and then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._cut = False
+
+    def run(self, speak: Callable[[], T]) -> T:
+        """Return what a function of this thread returns; its requests can be cut."""
+        _line.current = self
+        try:
+            return speak()
+        finally:
+            _line.current = None
+            self.use(None)
+
+    def use(self, sock: socket.socket | None) -> None:
+        """Note the socket in use. Raises: ConnectionAbortedError, once the line is cut."""
+        with self._lock:
+            self._sock = sock
+            if self._cut and sock is not None:
+                raise ConnectionAbortedError
+
+    def cut(self) -> None:
+        """End whatever the thread waits for in the network, now and later. Any thread may call."""
+        with self._lock:
+            self._cut = True
+            if self._sock is not None:
+                with suppress(OSError):  # it may have ended this instant
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # not TLS's own, which would wait its turn
+
+
+_line = threading.local()
+
+
+class _Cuttable:
+    """A connection that tells its thread's line which socket it uses."""
+
+    sock: Any
+
+    def _new_conn(self) -> Any:
+        sock = super()._new_conn()  # type: ignore[misc]  # urllib3's, in the classes below
+        try:
+            _note(sock)
+        except ConnectionAbortedError:
+            sock.close()
+            raise
+        return sock
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sock is not None:
+            _note(self.sock)  # one that is used again, or that speaks TLS by now
+        return super().putrequest(*args, **kwargs)  # type: ignore[misc]  # http.client's
+
+
+def _note(sock: socket.socket) -> None:
+    """Tell this thread's line its socket."""
+    line = getattr(_line, "current", None)
+    if line is not None:
+        line.use(sock)
+
+
+class _HTTPConnection(_Cuttable, AWSHTTPConnection):  # type: ignore[misc]  # two ways to type `sock`
+    pass
+
+
+class _HTTPSConnection(_Cuttable, AWSHTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _HTTPPool(AWSHTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+def make_cuttable(client: Any) -> None:
+    """Let a client use connections that can be cut."""
+    client._endpoint.http_session._pool_classes_by_scheme.update(http=_HTTPPool, https=_HTTPSPool)
+
+
 # ---------------------------------------------------------------- translate
 
 
 @contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn whatever boto3, urllib3 or a hostile reply raises into a FetchError."""
+def translated(
+    doing: str, otherwise: FetchCode = "bad_response", *, not_s3: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    """Turn whatever boto3, urllib3 or a hostile reply raises into a FetchError; `otherwise`: what nobody foresaw."""
     try:
         yield
     except FetchError:
         raise
     except Exception as error:
-        raise translate(error, doing) from None  # the cause may show a signed request
+        if isinstance(error, aws.ClientError) and error.response.get("Error", {}).get("Code", "") in not_s3:
+            # Swift does not even take an unsigned request for one of S3.
+            raise FetchError("access_denied", f"cannot {doing}: the server takes no unsigned requests") from None
+        raise translate(error, doing, otherwise) from None  # the cause may show a signed request
 
 
-def translate(error: Exception, doing: str) -> FetchError:
+def translate(error: Exception, doing: str, otherwise: FetchCode = "bad_response") -> FetchError:
     """Return the FetchError for an exception of boto3 or urllib3."""
     if isinstance(error, aws.ClientError):
         return _translate_reply(error, doing)
@@ -415,10 +523,14 @@ def translate(error: Exception, doing: str) -> FetchError:
         return _translate_tls(error, doing)
     if isinstance(error, _NETWORK):
         return FetchError("unavailable", f"cannot {doing}: {_network_reason(error)}", retryable=True)
+    if isinstance(error, aws.InvalidRegionError) and otherwise == "bad_response":
+        return FetchError("bad_response", f"cannot {doing}: the server names a region that cannot be")
     if isinstance(error, _CONFIGURATION):
         return FetchError("configuration", f"cannot {doing}: {quote(error)}")
     if isinstance(error, OSError) and not isinstance(error, http.HTTPError):
         return FetchError("configuration", f"cannot {doing}: {quote(error.strerror or name)}: {quote(error.filename)}")
+    if otherwise != "bad_response":
+        return FetchError(otherwise, f"cannot {doing}: {name}: {quote(error)}")
     return FetchError("bad_response", f"cannot {doing}: the server's answer makes no sense ({name})", retryable=True)
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -34,14 +34,15 @@ class Attempt:
     crc: int  # of the cell's bytes before `offset`
     received: int = 0
     error: FetchError | None = None
-    body: s3.Body | None = None
+    answered: bool = False  # whether the headers came
     stopped: bool = False
+    line: s3.Line = field(default_factory=s3.Line)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
         """Bring the range into the partial blob; note the error if it does not work. Runs in a thread."""
         try:
-            self._run()
+            self.line.run(self._run)
         except FetchError as error:
             with self.lock:
                 self.error = self.error or error
@@ -50,15 +51,12 @@ class Attempt:
         """Bring the range. Raises: FetchError."""
         body = self.client.open(self.partial.pin, self.offset, self.end)
         try:
-            with self._unless_stopped():
-                self.body = body
+            self.answered = True
             while self.offset < self.end:
                 self._take(self._read(body, self.end - self.offset))
             if not body.length_known and self._read(body, 1):
-                raise FetchError("bad_response", f"the server sent more than was asked for: {self._name()}")
+                raise FetchError("bad_response", f"the server sent more than asked: {self._name()}", retryable=True)
         finally:
-            with self.lock:
-                self.body = None
             body.close()
 
     def _read(self, body: s3.Body, most: int) -> bytes:
@@ -93,15 +91,11 @@ class Attempt:
         return f"s3://{self.partial.pin.bucket}/{self.partial.pin.key}"
 
     def stop(self, why: FetchError | None) -> None:
-        """Let the thread write nothing more, and wake it from a read that hangs."""
+        """Let the thread write nothing more, and wake it if it waits for the network."""
         with self.lock:
-            if self.stopped:
-                return
             self.stopped = True
             self.error = self.error or why
-            if self.body is not None:
-                with suppress(Exception):  # it may have ended this instant; urllib3 says so in several ways
-                    self.body.stop()
+        self.line.cut()
 
 
 class Slots:
@@ -113,8 +107,12 @@ class Slots:
         self._numbers = count()
         self._waiting: list[tuple[int, int, trio.Event]] = []
 
-    async def acquire(self, order: int) -> None:
+    async def acquire(self, order: int) -> "Slot":
         """Wait for a stream; the lowest order is served first."""
+        await self._acquire(order)
+        return Slot(self, order)
+
+    async def _acquire(self, order: int) -> None:
         granted = trio.Event()
         entry = (order, next(self._numbers), granted)
         heappush(self._waiting, entry)
@@ -144,3 +142,25 @@ class Slots:
         while self._waiting and self.used < self.width:
             self.used += 1
             heappop(self._waiting)[2].set()
+
+
+@dataclass(slots=True)
+class Slot:
+    """The right to run one stream."""
+
+    _slots: Slots
+    _order: int
+    _held: bool = True
+
+    def release(self) -> None:
+        """Give it back; again does nothing."""
+        if self._held:
+            self._held = False
+            self._slots.release()
+
+    async def lend(self, pause_s: float) -> None:
+        """Let others have it for a while."""
+        self.release()
+        await trio.sleep(pause_s)
+        await self._slots._acquire(self._order)
+        self._held = True
