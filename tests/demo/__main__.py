@@ -23,6 +23,7 @@ from tests.demo.stage import (
     FOLDER,
     HELPER,
     S3,
+    StageError,
     empty_stage,
     ignore_signals,
     ordinary_user,
@@ -62,7 +63,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; everything is cleaned up", file=sys.stderr)
         return 130
-    except DemoError as error:
+    except (DemoError, StageError) as error:
         print(f"\nthe demo failed: {error}", file=sys.stderr)
         return 1
     return 0
@@ -128,7 +129,7 @@ def show_pulls(teller: Teller, user: Account, helper: Helper) -> None:
     with teller.act("Who did what: the processes of that pull"):
         table = watcher.table()
         teller.say(*table)
-        for program in ("unpriv.fetch", "unpriv.check", "imgpull-helper.pyz serve"):
+        for program in ("unpriv.fetch", "unpriv.check", "imgpull-helper serve"):
             check(any(program in line for line in table), f"{program} was seen at work")
     with teller.act("The same pull again: nothing to do"):
         before = json.loads(user.run("imgpull", "runs", "--json").stdout)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 SECCOMP: Final = {"0": "none", "1": "strict", "2": "filter"}  # proc_pid_status(5)
-COLUMNS: Final = "{:<14} {:<28} {:<8} {:<8} {}"
+COLUMNS: Final = "{:<12}  {:<33}  {:<7}  {:<12}  {}"
+HIDDEN: Final = ("python", "python3", "-I", "-S", "-m")
 
 
 @dataclass
@@ -41,11 +42,11 @@ class Watcher:
 
     def table(self) -> list[str]:
         """Return one line a process."""
-        rows = [COLUMNS.format("USER", "CAPABILITIES", "SECCOMP", "NO_NEW_PRIVS", "COMMAND")]
+        rows = [COLUMNS.format("USER", "COMMAND", "SECCOMP", "NO_NEW_PRIVS", "CAPABILITIES")]
         for (command, uid), status in sorted(self.seen.items(), key=lambda item: (int(item[0][1]), item[0][0])):
-            capabilities = _capabilities(status["CapEff"])
+            capabilities = _capabilities(status["CapEff"]) + status["namespace"]
             new = "yes" if status["NoNewPrivs"] == "1" else "no"
-            rows.append(COLUMNS.format(_user(int(uid)), capabilities, SECCOMP[status["Seccomp"]], new, command))
+            rows.append(COLUMNS.format(_user(int(uid)), command, SECCOMP[status["Seccomp"]], new, capabilities))
         return rows
 
 
@@ -54,13 +55,19 @@ def _status(folder: Path) -> dict[str, str] | None:
     try:
         fields = dict(re.findall(r"^(\w+):\s*(.*)$", (folder / "status").read_text(), re.MULTILINE))
         words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        own = os.readlink(folder / "ns/user") == os.readlink("/proc/self/ns/user")
     except OSError:
         return None
+    namespace = "" if own else ", in a user namespace of its own"
     if not words[0] or "CapEff" not in fields:
         return None
-    # Programs without their folders, options and the job that they were given as JSON.
-    shown = [os.path.basename(os.fsdecode(word)) for word in words if not word.startswith((b"{", b"--"))]
-    return fields | {"command": " ".join(shown)[:60]}
+    return fields | {"command": _shown([os.fsdecode(word) for word in words]), "namespace": namespace}
+
+
+def _shown(words: list[str]) -> str:
+    """Return a command without interpreter, options, configuration and the job that it was given as JSON."""
+    names = [os.path.basename(word).removesuffix(".pyz") for word in words if not word.startswith(("{", "--"))]
+    return " ".join(name for name in names if name not in HIDDEN and not name.endswith(".toml"))
 
 
 def _user(uid: int) -> str:

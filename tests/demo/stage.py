@@ -34,6 +34,10 @@ BUCKET: Final = "demo"
 START_S: Final = 90.0
 
 
+class StageError(Exception):
+    """The demo cannot begin, or its server does not start."""
+
+
 @dataclass(frozen=True, slots=True)
 class S3:
     """The S3 server: where it is, and the keys that it accepts."""
@@ -67,7 +71,7 @@ def empty_stage() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError("another demo is running on this machine") from None
+            raise StageError("another demo is running on this machine") from None
         mend(HELPER)
         shutil.rmtree(FOLDER, ignore_errors=True)
         owned_folder(FOLDER)
@@ -88,7 +92,7 @@ def s3_server() -> Iterator[S3]:
         assert process.stdout is not None
         words = dict(re.findall(r"(\w+)=(\S+)", process.stdout.readline()))
         if not words:
-            raise RuntimeError(f"no S3 server: {(FOLDER / 's3.log').read_text()}")
+            raise StageError(f"no S3 server: {(FOLDER / 's3.log').read_text()}")
         yield S3(**words)
     finally:
         process.terminate()

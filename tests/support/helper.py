@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from privhelper.dm import DeviceMapper
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PYTHON: Final = "/usr/bin/python3"
@@ -78,11 +81,22 @@ def running_helper(
         with listening(folder.name, group, zipapp, config, log) as (socket, pid):
             yield Helper(socket, zipapp, config, log, pid)
     finally:
-        administer(zipapp, config, "pool", "detach")
+        release_devices(folder)
+        detached = administer(zipapp, config, "pool", "detach", check=False)
         left = [*loops_below(folder), *mounts_below(folder)]
-        if left:
-            raise RuntimeError(f"the helper left {left}; its log is {log}")
-        shutil.rmtree(folder)
+        mend(folder)
+        if detached.returncode or left:
+            raise RuntimeError(f"pool detach ended with {detached.returncode}, {detached.stderr.strip()}; left: {left}")
+
+
+def release_devices(folder: Path) -> None:
+    """Take back the devices that users were given and did not give back; the pool's own stay."""
+    for loop in loops_below(folder / "state/pool"):
+        subprocess.run(["losetup", "--detach", loop], check=True)
+    for mapped in Path("/sys/block").glob("dm-*/dm/name"):
+        name = mapped.read_text().strip()
+        if re.fullmatch(rf"{re.escape(folder.name)}-\d+", name):
+            DeviceMapper().remove(name, STOP_S)
 
 
 def mend(folder: Path) -> None:
@@ -90,6 +104,7 @@ def mend(folder: Path) -> None:
     zipapp, config, listener = folder / "imgpull-helper.pyz", folder / "helper.toml", folder / LISTENER
     if listener.exists():
         _kill_listener(int(listener.read_text()), zipapp)
+    release_devices(folder)
     if config.exists():
         administer(zipapp, config, "pool", "detach", check=False)
     for point in mounts_below(folder):
