@@ -21,6 +21,7 @@ from broker.machine import (
     UsageError,
     problems,
 )
+from broker.machine.queues import Queue
 from tests.broker.machine_toys import (
     EPOCH_S,
     Ask,
@@ -760,3 +761,17 @@ async def test_two_machines_of_one_name_or_one_without_an_end_are_refused(path: 
         with pytest.raises(DefinitionError, match=r"two machines|no end"):
             async with engine_of(path, *machines):
                 pass
+
+
+@pytest.mark.capability("older runs come first in a queue, also when they come back to it")
+def test_a_queue_lets_older_runs_in_first() -> None:
+    queue = Queue(1)
+    first = queue.enlist(7)
+    young, old, middle = queue.enlist(6), queue.enlist(2), queue.enlist(4)
+    assert first.granted.is_set()
+    queue.drop(middle)
+    queue.drop(first)
+    queue.drop(first)
+    assert (old.granted.is_set(), young.granted.is_set(), queue.held) == (True, False, 1)
+    queue.drop(old)
+    assert young.granted.is_set() and not middle.granted.is_set()

@@ -55,17 +55,17 @@ def sql(path: Path, statement: str, *values: object) -> list[Any]:
         return db.execute(statement, values).fetchall()
 
 
-def tamper(path: Path, key: str, *, sealed: bool, **columns: object) -> None:
+def tamper(path: Path, who: str, /, *, sealed: bool, **columns: object) -> None:
     """Change a run's columns, as damage would, or `sealed` as if the library had written them."""
     with closing(sqlite3.connect(path)) as db, db:
         triggers = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             db.execute(f"DROP TRIGGER {name}")
         for name, value in columns.items():
-            db.execute(f"UPDATE run SET {name} = ? WHERE key = ?", (value, key))
+            db.execute(f"UPDATE run SET {name} = ? WHERE key = ?", (value, who))
         if sealed:
-            row = db.execute("SELECT * FROM run WHERE key = ?", (key,)).fetchone()
-            db.execute("UPDATE run SET seal = ? WHERE key = ?", (seal(row[:-1]), key))
+            row = db.execute("SELECT * FROM run WHERE key = ?", (who,)).fetchone()
+            db.execute("UPDATE run SET seal = ? WHERE key = ?", (seal(row[:-1]), who))
         for _, statement in triggers:
             db.execute(statement)
 
