@@ -84,6 +84,8 @@ class CrossReader:
         self._views: list[memoryview] = []  # the chunk in hand and the one before: libarchive may hold a copy of both
         self._offsets: list[int] = []
         self._error: BaseException | None = None
+        self._pointer, self._block_bytes, self._logical = _Pointer(), ctypes.c_size_t(), ctypes.c_longlong()
+        self._references = tuple(map(ctypes.byref, (self._pointer, self._block_bytes, self._logical)))
         self._callback = _ReadCallback(self._read)
         self._entry = _Pointer(_entry_new())  # type: ignore[arg-type]  # an address
         self._archive = _Pointer(_read_new())  # type: ignore[arg-type]
@@ -105,9 +107,8 @@ class CrossReader:
         self._expect(_read_open(archive, None, None, self._callback, None), "open")
         position, claims, compare = _header_position, self._claims, self._compare
         while (result := _next_header(archive, entry)) != _EOF:
-            if result == _WARN and claims and not claims[0].converts and self._is_conversion():
-                result = _OK
-            self._expect(result, "header")
+            if result != _OK and not self._is_foretold(result):
+                self._expect(result, "header")
             if not claims:
                 raise DisagreementError(f"libarchive has a member at {position(archive)}, the strict reader has none")
             compare(claims.popleft(), position(archive))
@@ -143,7 +144,10 @@ class CrossReader:
             shown = said.decode("utf-8", "backslashreplace") if isinstance(said, bytes) else "no reason given"
             raise DisagreementError(f"libarchive, {what}: {shown} ({result})")
 
-    def _is_conversion(self) -> bool:
+    def _is_foretold(self, result: object) -> bool:
+        """Tell if a result is the warning about names that the strict reader has found not to be text."""
+        if result != _WARN or not self._claims or self._claims[0].converts:
+            return False
         said = _error_string(self._archive)
         return isinstance(said, bytes) and said.startswith(_CONVERSION_WARNINGS) and b"converted" in said
 
@@ -173,17 +177,19 @@ class CrossReader:
 
     def _compare_data(self, start: int, size: int, at: int) -> None:
         """Expect the data of a file where the strict reader found it, and all of it."""
-        pointer, length, logical = _Pointer(), ctypes.c_size_t(), ctypes.c_longlong()
+        pointer, length, logical = self._pointer, self._block_bytes, self._logical
         done = 0
         while done < size:
-            result = _data_block(self._archive, ctypes.byref(pointer), ctypes.byref(length), ctypes.byref(logical))
-            self._expect(result, "data")
-            found = (pointer.value or 0) - self._base + self._offset
-            if logical.value != done or length.value == 0 or done + length.value > size:
+            result = _data_block(self._archive, *self._references)
+            if result != _OK:
+                self._expect(result, "data")
+            address, count = pointer.value or 0, length.value
+            if logical.value != done or count == 0 or done + count > size:
                 raise DisagreementError(f"libarchive reads other pieces of the file at {start}")
-            if found != at + done and not self._same_bytes(pointer.value or 0, length.value, at + done):
+            found = address - self._base + self._offset
+            if found != at + done and not self._same_bytes(address, count, at + done):
                 raise DisagreementError(f"libarchive reads the data of the file at {start} from {found}")
-            done += length.value
+            done += count
 
     def _same_bytes(self, address: int, length: int, at: int) -> bool:
         """Compare what libarchive has copied for itself with the chunks that are still in their buffers."""

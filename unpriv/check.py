@@ -36,6 +36,9 @@ from unpriv.manifest import write_all
 _BLOB, _REPORT, _LAST_LINE, _PAYLOAD, _MANIFEST, _TREE, _SCRATCH, _LOWER = range(8)
 
 _CPU_GRACE_S: Final = 10  # by which the kernel's limit lies above our own
+# The hashing thread asks for the interpreter only to begin its next file: with Python's 5 ms it would wait most of the
+# time (measured with CPython 3.11: 3.4 s instead of 1.7 s for 860 MB).
+_SWITCH_S: Final = 0.00005
 _ACCEPTED, _REJECTED, _SOFTWARE, _CONFIG = 0, 65, 70, 78  # sysexits.h
 
 
@@ -64,6 +67,7 @@ def _check(arguments: list[str]) -> int:
     in_force = limits.load()
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     kernel.single_arena()
+    sys.setswitchinterval(_SWITCH_S)
     lower_count = len(job.lower)
     present = _arrange(job)
     blob = _open(_BLOB)

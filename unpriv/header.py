@@ -32,6 +32,7 @@ _POSIX: Final = b"ustar\x0000"
 _GNU: Final = b"ustar  \0"
 _V7: Final = bytes(8)
 _PAD: Final = bytes(12)
+_NO_NAME: Final = bytes(100)
 _NO_PREFIX: Final = bytes(155)
 _OCTAL: Final = re.compile(rb" *([0-7]+)[ \0]*")
 _BLANK: Final = re.compile(rb" *\0*|\0* *")
@@ -82,17 +83,18 @@ def parse(block: bytes) -> Header:
     elif any(uname) or any(gname) or prefix != _NO_PREFIX or pad != _PAD:  # GNU tar writes device numbers even here
         raise RejectedError(HEADER_RESERVED, "a version 7 header with data behind its link name")
     length = number_or_blank(size, "size") if size[0] in b"\0 " else number(size, "size")
+    known = _SMALL
     return Header(
         name,
-        number(mode, "mode"),
-        number(uid, "uid"),
-        number(gid, "gid"),
+        known[mode] if mode in known else number(mode, "mode"),
+        known[uid] if uid in known else number(uid, "uid"),
+        known[gid] if gid in known else number(gid, "gid"),
         length or 0,
         signed(mtime, "mtime"),
         typeflag,
-        text(linkname, "linkname"),
-        number_or_blank(major, "devmajor") or 0,
-        number_or_blank(minor, "devminor") or 0,
+        b"" if linkname == _NO_NAME else text(linkname, "linkname"),
+        known[major] if major in known else number_or_blank(major, "devmajor") or 0,
+        known[minor] if minor in known else number_or_blank(minor, "devminor") or 0,
         length is None,
     )
 
@@ -103,7 +105,8 @@ def _expect_checksum(block: bytes, field: bytes) -> None:
     The lower half of Adler-32 is one plus the sum of the bytes modulo 65,521 (RFC 1950); 512 bytes of ASCII add up to
     at most 65,024, so there it is the sum itself, ten times faster.
     """
-    expected = number(field, "checksum")
+    plain = field[6:] == b"\0 " and field[:6].isdigit() and b"8" not in field and b"9" not in field
+    expected = int(field[:6], 8) if plain else _number(field, "checksum")
     found = (zlib.adler32(block) & 0xFFFF) - 1 if block.isascii() else sum(block)
     found += _CHECKSUM_AS_SPACES - sum(field)
     if found != expected:
@@ -153,7 +156,7 @@ def number(field: bytes, what: str) -> int:
 
 def number_or_blank(field: bytes, what: str) -> int | None:
     """Return a number that is not negative, or None for a field of spaces or NULs."""
-    return None if _BLANK.fullmatch(field) else number(field, what)
+    return None if not field.strip(b"\0") or _BLANK.fullmatch(field) else number(field, what)
 
 
 def signed(field: bytes, what: str) -> int:

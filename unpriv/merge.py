@@ -6,8 +6,7 @@ Rule 3: no operation follows a link: a parent that is a symbolic link of a lower
 policy/decisions/check-symlinked-parents.md.
 """
 
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final, Protocol
 
 from unpriv.findings import Findings
 from unpriv.lower import Tree, is_file, is_symlink, names
@@ -24,15 +23,26 @@ HARDLINK_ESCAPES_ROOT: Final = rule("hardlink_escapes_root")
 WHITEOUT_WITHOUT_TARGET: Final = rule("whiteout_without_target", "drop")
 
 
-class Operation(NamedTuple):
-    """One line of the manifest. ``record`` is the layer's, IMPLICIT for a directory that no member declares."""
+class Sink(Protocol):
+    """Where operations go, numbered from 1 in this order. ``into`` is the number of the directory's own operation."""
 
-    op: str
-    into: int
-    name: bytes
-    record: int = IMPLICIT
-    is_directory: bool = False  # of a removal
-    to: bytes = b""  # of a hard link: the path of the file
+    def enter(self, into: int, name: bytes) -> None:
+        """Open a directory of a lower layer."""
+
+    def remove(self, into: int, name: bytes, is_directory: bool) -> None:
+        """Remove a file or an empty directory of a lower layer."""
+
+    def directory(self, op: str, into: int, name: bytes, record: int) -> None:
+        """Make a directory, or give one new metadata; ``record`` is IMPLICIT where no member declares it."""
+
+    def file(self, into: int, name: bytes, record: int) -> None:
+        """Make a regular file."""
+
+    def symlink(self, into: int, name: bytes, record: int) -> None:
+        """Make a symbolic link."""
+
+    def link(self, into: int, name: bytes, target: bytes) -> None:
+        """Make a hard link to the file at a path."""
 
 
 def _hidden(directory: Directory, name: bytes) -> bool:
@@ -129,46 +139,44 @@ class _Place:
 class Merge:
     """The operations of a checked layer."""
 
-    def __init__(self, layer: Layer, lower: Tree):
+    def __init__(self, layer: Layer, lower: Tree, sink: Sink):
         """Take what check() has found good."""
+        self.count = 0
         self._layer = layer
         self._lower = lower
-        self._count = 0
+        self._sink = sink
         self._links: list[tuple[bytes, bytes]] = []  # path, path of the file
 
-    def operations(self) -> Iterator[Operation]:
-        """Yield the operations, numbered from 1, depth first; each call yields the same ones."""
-        self._count = 0
-        self._links = []
+    def run(self) -> None:
+        """Hand all operations to the sink, depth first; every run of the same merge hands over the same ones."""
         root = self._layer.root
         if root.record != IMPLICIT:
-            self._count += 1
-            yield Operation("meta", 0, b"", root.record)
-        yield from self._directory(root, self._lower, _Place(None, b"", 0), b"")
-        yield from self._hard_links()
+            self.count += 1
+            self._sink.directory("meta", 0, b"", root.record)
+        self._directory(root, self._lower, _Place(None, b"", 0), b"")
+        self._hard_links()
 
-    def _enter(self, place: _Place) -> Iterator[Operation]:
-        """Yield the `enter` operations that are missing on the way to a directory."""
+    def _enter(self, place: _Place) -> int:
+        """Return the number of a directory, after entering those on its way that have not been."""
         if place.number is None:
             assert place.parent is not None
-            yield from self._enter(place.parent)
-            assert place.parent.number is not None
-            self._count += 1
-            place.number = self._count
-            yield Operation("enter", place.parent.number, place.name)
+            into = self._enter(place.parent)
+            self.count += 1
+            place.number = self.count
+            self._sink.enter(into, place.name)
+        return place.number
 
-    def _directory(self, upper: Directory, lower: Tree | None, place: _Place, path: bytes) -> Iterator[Operation]:
-        """Yield what is to be done in one directory: removals, then everything else in the order of names."""
+    def _directory(self, upper: Directory, lower: Tree | None, place: _Place, path: bytes) -> None:
+        """Do what is to be done in one directory: removals, then everything else in the order of names."""
         if lower:
             for name in self._gone(upper, lower):
-                yield from self._enter(place)
-                yield from self._remove(lower, name, place)
-        layer = self._layer
-        for name in sorted(upper.entries):
-            node = upper.entries[name]
+                self._remove(lower, name, place)
+        layer, sink, entries = self._layer, self._sink, upper.entries
+        for name in sorted(entries):
+            node = entries[name]
             kind = layer.kind(node)
             if kind == DIRECTORY:
-                yield from self._subdirectory(upper, lower, name, place, path)
+                self._subdirectory(upper, lower, name, place, path)
                 continue
             assert isinstance(node, int)
             if kind == HARDLINK:
@@ -176,30 +184,25 @@ class Merge:
                 if link.record == IMPLICIT or layer.kind(link.record) == FILE:
                     self._links.append((path + name, link.target))
                     continue
-                kind, node = SYMLINK, link.record
+                kind, node = SYMLINK, link.record  # see decisions/check-hardlinks.md
             if kind in (FILE, SYMLINK):
-                if place.number is None:
-                    yield from self._enter(place)
-                assert place.number is not None
-                self._count += 1
-                yield Operation("file" if kind == FILE else "symlink", place.number, name, node)
+                into = self._enter(place)
+                self.count += 1
+                (sink.file if kind == FILE else sink.symlink)(into, name, node)
 
-    def _subdirectory(
-        self, upper: Directory, lower: Tree | None, name: bytes, place: _Place, path: bytes
-    ) -> Iterator[Operation]:
+    def _subdirectory(self, upper: Directory, lower: Tree | None, name: bytes, place: _Place, path: bytes) -> None:
         node = upper.entries[name]
         record = node.record if isinstance(node, Directory) else node
         below = _below(upper, lower, name)
+        tree = below if isinstance(below, dict) else None
         inside = _Place(place, name, None)
-        if not isinstance(below, dict) or record != IMPLICIT:
-            yield from self._enter(place)
-            assert place.number is not None
-            self._count += 1
-            inside.number = self._count
-            yield Operation("meta" if isinstance(below, dict) else "dir", place.number, name, record)
+        if tree is None or record != IMPLICIT:
+            into = self._enter(place)
+            self.count += 1
+            inside.number = self.count
+            self._sink.directory("dir" if tree is None else "meta", into, name, record)
         if isinstance(node, Directory):
-            tree = below if isinstance(below, dict) else None
-            yield from self._directory(node, tree, inside, path + name + b"/")
+            self._directory(node, tree, inside, path + name + b"/")
 
     def _gone(self, upper: Directory, lower: Tree) -> list[bytes]:
         """Return the names of the lower directory that this layer removes or replaces, in order."""
@@ -212,20 +215,19 @@ class Merge:
                 gone.add(name)
         return sorted(gone)
 
-    def _remove(self, lower: Tree, name: bytes, place: _Place) -> Iterator[Operation]:
-        """Yield the removal of an entry, of a directory with all that is in it, deepest first."""
+    def _remove(self, lower: Tree, name: bytes, place: _Place) -> None:
+        """Remove an entry; a directory with all that is in it, deepest first."""
         node = lower[name]
         if isinstance(node, dict):
             inside = _Place(place, name, None)
             for child in names(node):
-                yield from self._enter(inside)
-                yield from self._remove(node, child, inside)
-        assert place.number is not None
-        self._count += 1
-        yield Operation("remove", place.number, name, is_directory=isinstance(node, dict))
+                self._remove(node, child, inside)
+        into = self._enter(place)
+        self.count += 1
+        self._sink.remove(into, name, isinstance(node, dict))
 
-    def _hard_links(self) -> Iterator[Operation]:
-        """Yield all hard links in a walk of their own, so that every file that one names is there already."""
+    def _hard_links(self) -> None:
+        """Make all hard links in a walk of their own, so that every file that one names is there already."""
         stack = [_Place(None, b"", 0)]
         for path, target in self._links:
             *parents, name = path.split(b"/")
@@ -235,8 +237,6 @@ class Merge:
             del stack[keep:]
             for parent in parents[keep - 1 :]:
                 stack.append(_Place(stack[-1], parent, None))
-            yield from self._enter(stack[-1])
-            into = stack[-1].number
-            assert into is not None
-            self._count += 1
-            yield Operation("link", into, name, to=target)
+            into = self._enter(stack[-1])
+            self.count += 1
+            self._sink.link(into, name, target)

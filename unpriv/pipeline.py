@@ -25,7 +25,6 @@ from unpriv.tree import Layer
 MEMORY_EXCEEDED: Final = rule("memory_exceeded")
 
 _PROGRESS_BYTES: Final = 16 << 20
-_OPERATIONS_PER_TICK: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,32 +147,24 @@ def _read(
     return layer, reader
 
 
-def _write(layer: Layer, lower: Lower, outputs: Outputs, quota: Quota) -> tuple[manifest.Counted, int]:
+def _write(layer: Layer, lower: Lower, outputs: Outputs, quota: Quota) -> tuple[manifest.Lines, int]:
     """Write the manifest; return it and the number of its operations, which its first line has to say."""
-    merged = merge.Merge(layer, lower.root)
-    operations = 0
-    for operations, _ in enumerate(merged.operations(), 1):
-        if operations % _OPERATIONS_PER_TICK == 0:
-            quota.tick()
-    written = manifest.Counted([fd for fd in (outputs.manifest, outputs.scratch) if fd is not None])
-    written.write(manifest.first_line(layer.content_bytes, operations, lower.digest))
-    for count, line in enumerate(manifest.lines(merged.operations(), layer)):
-        written.write(line)
-        if count % _OPERATIONS_PER_TICK == 0:
-            quota.tick()
+    tally = merge.Merge(layer, lower.root, manifest.Tally(quota.tick))
+    tally.run()
+    written = manifest.Lines([fd for fd in (outputs.manifest, outputs.scratch) if fd is not None], quota.tick)
+    written.write(manifest.first_line(layer.content_bytes, tally.count, lower.digest))
+    merge.Merge(layer, lower.root, manifest.Writer(written, layer)).run()
     written.flush()
-    return written, operations
+    return written, tally.count
 
 
 def _list(lower: Lower, outputs: Outputs, manifest_bytes: int, quota: Quota) -> None:
     """Print the merged tree from the manifests, this layer's included."""
     assert outputs.scratch is not None and outputs.tree is not None
     lower.add(FileBlob(outputs.scratch, manifest_bytes))
-    printed = manifest.Counted([outputs.tree])
-    for count, row in enumerate(listing.rows(lower)):
+    printed = manifest.Lines([outputs.tree], quota.tick)
+    for row in listing.rows(lower):
         printed.write(row)
-        if count % _OPERATIONS_PER_TICK == 0:
-            quota.tick()
     printed.flush()
 
 
