@@ -276,6 +276,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
     with translated("use the AWS configuration", "configuration"):
         check_url(endpoint.endpoint_url)
         session = boto3.Session(profile_name=endpoint.profile)
+        check_bundle(endpoint.ca_bundle or session._session.get_config_variable("ca_bundle"))
         addressing, region = QUIRKS[endpoint.quirks] if endpoint.quirks else ("auto", None)
         client = session.client(
             "s3",
@@ -385,6 +386,12 @@ def _credentials(session: Any, endpoint: Endpoint) -> tuple[str, Callable[[], tu
         return tuple(str(word) for word in (*held, *plain) if word)
 
     return re.sub(r"[^a-z0-9-]", "-", str(found.method).lower())[:64], secrets
+
+
+def check_bundle(path: str | None) -> None:
+    """Refuse a CA bundle that is not there, now and not with the first connection. Raises: FetchError."""
+    if path and not os.path.exists(os.path.expanduser(path)):
+        raise FetchError("configuration", f"no such CA bundle: {quote(path)}")
 
 
 def check_url(url: str | None) -> None:
