@@ -13,7 +13,7 @@ export LC_ALL := C.UTF-8
 
 PYTHON := .venv/bin/python
 # Tests and demo act as several users and as root. What sudo runs writes nothing into the source tree.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,HOME,PYTEST_ADDOPTS,XDG_CACHE_HOME PYTHONDONTWRITEBYTECODE=1)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,PYTEST_ADDOPTS,XDG_CACHE_HOME PYTHONDONTWRITEBYTECODE=1)
 PYTEST_ARGS ?=
 SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz

@@ -91,9 +91,9 @@ def play(teller: Teller, stack: ExitStack) -> None:
         user = stack.enter_context(ordinary_user(group, environment(copy, s3, helper)))
     show_user(teller, user, s3, helper)
     show_pulls(teller, user, helper)
-    show_devices(teller, user, {family.name: family for family in built})
+    device = show_devices(teller, user, {family.name: family for family in built})
     show_refusal(teller, user, victim)
-    show_removal(teller, user)
+    show_removal(teller, user, device)
 
 
 def environment(copy: Path, s3: S3, helper: Helper) -> dict[str, str]:
@@ -142,10 +142,11 @@ def show_pulls(teller: Teller, user: Account, helper: Helper) -> None:
         type_as(user, ["imgpull", "pool"])
 
 
-def show_devices(teller: Teller, user: Account, built: dict[str, Family]) -> None:
+def show_devices(teller: Teller, user: Account, built: dict[str, Family]) -> str:
     with teller.act("Activation: a device of one's own, and a command run in its root filesystem"):
         device = type_as(user, ["imgpull", "activate", TOOLS, "--name", "mine"]).strip()
-        check(Path(device).is_block_device() and Path(device).owner() == user.name, f"{device} belongs to {user.name}")
+        check(Path(device).is_block_device() and may_write(user, device), f"{user.name} may write to {device}")
+        check(not may_write(nobody(), device), f"nobody else may write to {device}")
         type_as(user, ["ls", "-l", device])
         type_as(user, ["imgpull", "ls", "--activations"])
         in_image(device, "cat /etc/os-release | head -2; dpkg -l | wc -l; ls -l /usr/bin/su; getcap /usr/bin/ping")
@@ -155,6 +156,18 @@ def show_devices(teller: Teller, user: Account, built: dict[str, Family]) -> Non
         for name, path in (("base-tools", device), ("base-python", second)):
             count = compare(built[name], path)
             teller.say(f"{name}: {count:,} entries equal: type, mode, owner, size, sha256, links, mtime, capabilities")
+    return device
+
+
+def may_write(account: Account, device: str) -> bool:
+    """Tell whether a user can open a device for writing, by doing so."""
+    script = "import os, sys; os.open(sys.argv[1], os.O_RDWR)"
+    return account.run("/usr/bin/python3", "-c", script, device, check=False).returncode == 0
+
+
+def nobody() -> Account:
+    """Return the user that owns nothing."""
+    return Account("nobody", 65534, 65534, Path("/"))
 
 
 def in_image(device: str, script: str) -> None:
@@ -196,10 +209,11 @@ def show_refusal(teller: Teller, user: Account, victim: Path) -> None:
         check(EVIL not in user.run("imgpull", "ls").stdout, "the refused image is not listed")
 
 
-def show_removal(teller: Teller, user: Account) -> None:
+def show_removal(teller: Teller, user: Account, device: str) -> None:
     with teller.act("Everything is given back"):
         for name in ("mine", "py", "base-tools", "base-python"):
             type_as(user, ["imgpull", "deactivate", name])
+        check(not may_write(user, device), f"{user.name} may not open {device} any more")
         for image in (TOOLS, PYTHON):
             type_as(user, ["imgpull", "rm", image])
         type_as(user, ["imgpull", "pool"])

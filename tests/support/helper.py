@@ -93,6 +93,9 @@ def release_devices(folder: Path) -> None:
     """Take back the devices that users were given and did not give back; the pool's own stay."""
     for loop in loops_below(folder / "state/pool"):
         subprocess.run(["losetup", "--detach", loop], check=True)
+        with contextlib.suppress(OSError):  # its node outlives it, and shall not stay open to the user
+            os.removexattr(loop, "system.posix_acl_access")
+        os.chown(loop, 0, 0)
     for mapped in Path("/sys/block").glob("dm-*/dm/name"):
         name = mapped.read_text().strip()
         if re.fullmatch(rf"{re.escape(folder.name)}-\d+", name):
