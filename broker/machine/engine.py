@@ -258,16 +258,20 @@ class Engine:
         Raises: UnknownRunError; StoppedError when this engine stops first; StateError when the run stopped on the state
             file.
         """
-        needed = self._mode != "none"
-        outcome = await self.await_run(run_id, needed=needed)
+        return await self.await_run(run_id, needed=self._mode != "none", follow=follow)
+
+    async def await_run(
+        self, run_id: str, *, needed: bool, waiter: Active | None = None, follow: bool = False
+    ) -> Outcome:
+        """Wait for a run; `waiter` is a run at work that waits and must stop with the engine."""
+        outcome = await self._await_one(run_id, needed, waiter)
         seen = {run_id}
         while follow and outcome.successor is not None and outcome.successor not in seen:
             seen.add(outcome.successor)
-            outcome = await self.await_run(outcome.successor, needed=needed)
+            outcome = await self._await_one(outcome.successor, needed, waiter)
         return outcome
 
-    async def await_run(self, run_id: str, *, needed: bool, waiter: Active | None = None) -> Outcome:
-        """Wait for a run; `waiter` is a run at work that waits and must stop with the engine."""
+    async def _await_one(self, run_id: str, needed: bool, waiter: Active | None) -> Outcome:
         while True:
             outcome = await self.database.read(lambda _: self.lookup.ended(run_id))
             if outcome is not None:
@@ -329,12 +333,14 @@ class Engine:
             await trio.sleep(self._poll_s)
             if not self._active:
                 continue
-            now = await self.database.read(lambda db: int(db.execute("PRAGMA data_version").fetchone()[0]))
-            if now == version:
-                continue
-            version = now
-            for seq in await self.database.read(lambda _: self.lookup.cancelled_seqs()):
-                self._tell_cancelled(seq)
+            try:
+                now = await self.database.read(lambda db: int(db.execute("PRAGMA data_version").fetchone()[0]))
+                if now != version:
+                    for seq in await self.database.read(lambda _: self.lookup.cancelled_seqs()):
+                        self._tell_cancelled(seq)
+                    version = now
+            except StateError as error:
+                log.warning("cannot look for cancellations: %s", error)  # the runs will meet the same and stop
 
     async def shutdown(self, *, grace_s: float = 10.0) -> None:
         """Stop: finish the steps that are at work within `grace_s`, then cut them; leave the runs to be resumed."""

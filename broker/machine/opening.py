@@ -71,6 +71,10 @@ async def open_engine(
                 nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+    except BaseException as crash:
+        if failure is not None and crash is not failure:
+            crash.add_note(f"the program's own block had ended with {failure!r}")
+        raise
     finally:
         del failure  # an exception that its own frame refers to is a cycle
         database.close()

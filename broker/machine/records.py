@@ -18,7 +18,7 @@ from pydantic import BaseModel, JsonValue
 
 from broker.machine.database import APPLICATION_ID, check_schema, connect, translated
 from broker.machine.schema import SCHEMA
-from broker.machine.signals import DamagedStateError, MachineError, UnknownRunError
+from broker.machine.signals import Abort, DamagedStateError, MachineError, UnknownRunError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -28,11 +28,15 @@ Kind = Literal["done", "aborted", "cancelled", "handed_off", "quarantined"]
 KINDS: Final[tuple[Kind, ...]] = ("done", "aborted", "cancelled", "handed_off", "quarantined")
 
 
-class RunFailedError(MachineError):
-    """A run that was needed did not end with success; `outcome` tells how."""
+class RunFailedError(Abort, MachineError):
+    """A run that was needed did not end with success; `outcome` tells how.
+
+    Raised by a step, it aborts the step's own run for the same reason.
+    """
 
     def __init__(self, outcome: "Outcome") -> None:
-        super().__init__(outcome.sentence)
+        reason = f"run {outcome.run_id}, which was needed, was {outcome.sentence}"
+        super().__init__(reason, kind=outcome.error_kind or "error", detail=outcome.detail)
         self.outcome = outcome
 
 

@@ -28,9 +28,11 @@ from broker.machine.signals import (
     Retry,
     Signal,
     StateError,
+    StoppedError,
     UnknownRunError,
     UsageError,
     judge,
+    leaves,
 )
 from broker.machine.view import Run
 
@@ -87,9 +89,7 @@ class Active:
         with self.rest():
             await self.engine.opened.wait()
             for run_id, policy in self._after:
-                outcome = await self.engine.await_run(run_id, needed=True, waiter=self)
-                while outcome.successor is not None:
-                    outcome = await self.engine.await_run(outcome.successor, needed=True, waiter=self)
+                outcome = await self.engine.await_run(run_id, needed=True, waiter=self, follow=True)
                 if policy == "success" and not outcome.ok:
                     reason = f"run {run_id}, which had to succeed first, was {outcome.sentence}"
                     return await self._decide(Ending("aborted", "predecessor", reason, step=self.row.step), 0)
@@ -196,12 +196,22 @@ class Active:
     async def _failed(self, error: BaseException, run: Run[Any], began: float) -> None:
         # A cancelled run or a shutdown comes first: this raises Cancelled, and the error it caused is not recorded.
         await trio.lowlevel.checkpoint_if_cancelled()
+        await self._heed_state(error)
         signal = judge(error, self.machine.steps[self.row.cursor].retry.retry_on)
         if isinstance(signal, Retry):
             return await self._retry(signal, run, began)
         if isinstance(signal, Abort) and signal.kind == "bug":
             run.log("traceback", {"text": "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]})
         await self._decide(self._ending(signal), _ms_since(began), run, with_writes=isinstance(signal, Done | Handoff))
+
+    async def _heed_state(self, error: BaseException) -> None:
+        """Let the state file's errors through, also from inside a nursery; a stop ends this life, not the run."""
+        for leaf in leaves(error):
+            if isinstance(leaf, StateError):
+                raise leaf
+            if isinstance(leaf, StoppedError):
+                self.scope.cancel()
+                await trio.lowlevel.checkpoint()
 
     async def _retry(self, signal: Retry, run: Run[Any], began: float) -> None:
         step = self.machine.steps[self.row.cursor]

@@ -76,9 +76,10 @@ class Run(Generic[Request]):
     ) -> str:
         """Start a run below this one and give its id.
 
-        The active run of the same machine and key is joined, whoever started it; a child of this run that has already
-        done the same request is given again, so that a repeated step does not repeat its children. When this run is
-        aborted or cancelled, its children are cancelled too, unless another run or the user wants them.
+        The active run of the same machine and key is joined, whoever started it and whatever its request; a child of
+        this run that has already done the same request is given again, so that a repeated step does not repeat its
+        children. When this run is aborted or cancelled, its children are cancelled too, unless another run or the user
+        wants them.
         """
         started = await self._active.engine.start(
             machine, key, request, queue=queue, after=after, not_before=not_before, parent=self.id

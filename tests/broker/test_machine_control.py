@@ -686,6 +686,42 @@ async def test_a_parent_that_waits_for_a_child_stops_with_it(path: Path, autojum
         assert [e.type for e in engine.events(only.id)].count("complete") == 3
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_step_that_starts_a_child_while_the_engine_stops_goes_on_later(
+    path: Path, autojump_clock: Any, grouped: bool
+) -> None:
+    child = one_step(nothing, name="child")
+
+    async def body(run: Run[Ask]) -> None:
+        await trio.sleep(5)
+        if not grouped:
+            await run.start_child(child, "c", Ask())
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.start_child, child, "c", Ask())
+
+    parent = one_step(body, name="parent")
+    async with engine_of(path, parent, child, grace_s=1000) as engine:
+        started = await engine.start(parent, "p", Ask())
+        await trio.sleep(1)
+    async with engine_of(path, parent, child) as engine:
+        assert engine.lookup.run(started.id).crashes == 0
+        assert (await engine.wait(started.id)).ok
+
+
+async def test_a_child_that_was_required_and_failed_gives_its_reason_to_its_parent(path: Path) -> None:
+    child = one_step(raising(Abort("no such object", kind="absent", detail={"key": "x"})), name="child")
+
+    async def body(run: Run[Ask]) -> None:
+        (await run.wait(await run.start_child(child, "c", Ask()))).require()
+
+    parent = one_step(body, name="parent")
+    async with engine_of(path, parent, child) as engine:
+        outcome = await engine.wait((await engine.start(parent, "p", Ask())).id)
+    assert (outcome.kind, outcome.error_kind, outcome.detail) == ("aborted", "absent", {"key": "x"})
+    assert "no such object" in str(outcome.reason)
+
+
 async def test_a_marked_rest_is_cut_at_once_by_a_stop(path: Path, autojump_clock: Any) -> None:
     async def rests(run: Run[Ask]) -> None:
         with run.rest():

@@ -318,6 +318,21 @@ async def test_the_children_of_a_resumed_run_go_with_it(path: Path, autojump_clo
     assert toy.calls == ["c.only"]
 
 
+async def test_a_child_that_nobody_waits_for_goes_with_its_resumed_parent(path: Path, autojump_clock: Any) -> None:
+    child = one_step(gated, name="child")
+
+    async def begin(run: Run[Ask]) -> None:
+        await run.start_child(child, "c", Ask())
+
+    parent = Machine("parent", Ask).start("begin", begin).to("wait", gated).end("end")
+    await killed_in_step(path, [parent, child], "p")
+    toy = Toy()
+    async with engine_of(path, parent, child, app=toy, resume="none", grace_s=0) as engine:
+        await engine.start(parent, "p", Ask())
+        await trio.sleep(1)
+    assert sorted(toy.calls) == ["c.only", "p.wait"]
+
+
 async def test_no_step_runs_before_the_engine_is_handed_out(path: Path) -> None:
     machine = one_step(gated)
     await killed_in_step(path, [machine], "a", "b", "c")

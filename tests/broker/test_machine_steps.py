@@ -183,7 +183,7 @@ async def test_abort_keeps_its_error_and_runs_no_further_step(path: Path) -> Non
         finish = engine.events(outcome.run_id)[-1]
         assert (finish.type, finish.payload["reason"]) == ("finish", "no such thing")
         assert await engine.wait(outcome.run_id) == outcome
-    with pytest.raises(RunFailedError, match="aborted at two: no such thing"):
+    with pytest.raises(RunFailedError, match="was aborted at two: no such thing"):
         outcome.require()
 
 
