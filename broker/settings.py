@@ -121,7 +121,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ, syst
     for row in SETTINGS:
         for variable in reversed(row.variables):
             text = environ.get(variable)
-            if text is not None:
+            if text is not None and (text or variable not in row.aws):  # the SDK takes an empty variable for none
                 values[row.name] = Value(_convert(row, text, variable), variable)
     for name, value in flags.items():
         row = BY_NAME[name]

@@ -81,7 +81,7 @@ MIGRATIONS: Final = (
         name TEXT PRIMARY KEY,
         image INTEGER NOT NULL REFERENCES image (id),
         layer TEXT NOT NULL, mode TEXT NOT NULL CHECK (mode IN ('ro', 'rw')), size INTEGER NOT NULL,
-        device TEXT NOT NULL, boot_id TEXT NOT NULL, created_ms INTEGER NOT NULL
+        device TEXT NOT NULL, behind TEXT NOT NULL, boot_id TEXT NOT NULL, created_ms INTEGER NOT NULL
     ) STRICT;
     CREATE INDEX activation_image ON activation (image);
     """,
@@ -96,6 +96,19 @@ def now_ms() -> int:
 def boot_id() -> str:
     """Return the kernel's id of this boot: devices given out before it are gone. Source: random(4)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def behind(device: str) -> str:
+    """Return what stands behind a block device: the uuid of a mapped one, the file of a loop device, else nothing.
+
+    A device's name is given to others once it is free; this is not. Source: the kernel's Documentation/ABI/testing,
+    sysfs-block-dm and sysfs-block-loop.
+    """
+    folder = Path("/sys/block") / os.path.basename(device)
+    for name in ("dm/uuid", "loop/backing_file"):
+        with suppress(OSError):
+            return (folder / name).read_text(encoding="utf-8", errors="surrogateescape").strip()
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +195,13 @@ class ActivationRow:
     mode: str
     size: int
     device: str
+    behind: str
     boot_id: str
     created_ms: int
 
     def is_live(self) -> bool:
-        """Tell whether the device is still there and ours, by asking the kernel; no privilege and no helper needed."""
-        try:
-            found = os.stat(self.device)
-        except OSError:
-            return False
-        return self.boot_id == boot_id() and found.st_uid == os.getuid() and found.st_rdev != 0
+        """Tell whether the device is still the one given out, by asking the kernel, without privilege or helper."""
+        return self.boot_id == boot_id() and behind(self.device) == self.behind and os.access(self.device, os.R_OK)
 
 
 def open_readonly(database: Path) -> sqlite3.Connection | None:
@@ -269,7 +279,7 @@ def activations(db: sqlite3.Connection, image: int | None = None) -> list[Activa
     """Return the recorded activations, of one image or all."""
     rows = query(
         db,
-        "SELECT name, image, image.ref AS ref, layer, mode, size, device, boot_id, created_ms FROM activation"
+        "SELECT name, image, image.ref AS ref, layer, mode, size, device, behind, boot_id, created_ms FROM activation"
         " JOIN image ON image.id = activation.image WHERE ? IS NULL OR image = ? ORDER BY name",
         (image, image),
     )
@@ -458,8 +468,18 @@ def record_image(db: sqlite3.Connection, ref: str, endpoint: str, layers: Iterab
 def record_activation(db: sqlite3.Connection, image: int, given: Any) -> None:
     """Note a device that the helper gave out."""
     db.execute(
-        "INSERT OR REPLACE INTO activation VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (given.name, image, given.layer, given.mode, given.size, given.device, boot_id(), now_ms()),
+        "INSERT OR REPLACE INTO activation VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            given.name,
+            image,
+            given.layer,
+            given.mode,
+            given.size,
+            given.device,
+            behind(given.device),
+            boot_id(),
+            now_ms(),
+        ),
     )
 
 
