@@ -2,6 +2,9 @@
 
 Rule 1: everything the manifest says about an entry is compared: kind, mode, owner, times, attributes, content.
 Rule 2: nothing is mended. The first difference ends the walk.
+
+Limit: each operation is compared with how things stand in the end. A manifest that undoes an operation of its own is
+applied as it says and never verifies; the checker makes none.
 """
 
 import hashlib
