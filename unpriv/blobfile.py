@@ -93,6 +93,9 @@ class BlobDir:
                         return Partial(self, pin, name, map_fd, self._open(f"{name}.data"), Grid(pin.size, cell_bytes))
                 except BlockingIOError:
                     return map_fd
+                except OSError:
+                    os.close(map_fd)
+                    raise
                 os.close(map_fd)  # its last owner published or dropped it meanwhile
 
     def _open(self, name: str) -> int:

@@ -300,7 +300,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
         make_cuttable(client)
         source, secrets = _credentials(session, endpoint)
         attempts = session._session.get_config_variable("max_attempts")
-        warm_up(client)
+        warm_up()
         return Client(
             client,
             endpoint.request_payer,
@@ -336,7 +336,7 @@ def readable_files(session: Any, endpoint: Endpoint) -> tuple[str, ...]:
     return tuple(path for path in dict.fromkeys(paths) if path != "/" and os.path.exists(path))
 
 
-def warm_up(client: Any) -> None:
+def warm_up() -> None:
     """Load what is loaded on first use, since the sandbox permits no loading of code."""
     for name in (
         "encodings.idna",
@@ -347,8 +347,6 @@ def warm_up(client: Any) -> None:
     ):
         with suppress(ImportError):
             import_module(name)
-    with suppress(aws.NoCredentialsError):  # the first request will say so
-        client.generate_presigned_url("head_object", Params={"Bucket": "warm-up", "Key": "x"}, ExpiresIn=1)
     hosts = [line.split()[1:] for line in _lines("/etc/nsswitch.conf") if line.startswith("hosts:")]
     if any(word not in ("files", "dns") and not word.startswith("[") for words in hosts for word in words):
         with suppress(OSError):
@@ -543,7 +541,7 @@ def translate(error: Exception, doing: str, otherwise: FetchCode = "bad_response
 
 _CREDENTIALS = (
     aws.PartialCredentialsError, aws.CredentialRetrievalError, aws.TokenRetrievalError, aws.SSOError,
-    aws.MetadataRetrievalError, aws.InvalidConfigError,
+    aws.MetadataRetrievalError,
 )  # fmt: skip
 _TIMEOUTS = (aws.ConnectTimeoutError, aws.ReadTimeoutError, http.TimeoutError, TimeoutError)
 _NETWORK = (
@@ -551,7 +549,8 @@ _NETWORK = (
     http.ProtocolError, http.HTTPError, ConnectionError,
 )  # fmt: skip
 _CONFIGURATION = (
-    aws.ProfileNotFound, aws.ConfigParseError, aws.ConfigNotFound, aws.NoRegionError, aws.ParamValidationError,
+    aws.InvalidConfigError, aws.ProfileNotFound, aws.ConfigParseError, aws.ConfigNotFound, aws.NoRegionError,
+    aws.ParamValidationError,
     aws.InvalidRegionError, aws.EndpointProviderError, aws.UnknownSignatureVersionError,
     aws.InvalidS3AddressingStyleError, aws.InvalidRetryConfigurationError, aws.InvalidMaxRetryAttemptsError,
     aws.InvalidProxiesConfigError, aws.UnknownEndpointError, aws.InvalidEndpointConfigurationError,

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pytest
 
 from broker.protocol import Pin
+from tests.servers import moto
 from tests.servers.faults import ALWAYS, Object, Server, in_thread
 from tests.unpriv_fetch.harness import SECRET, TOKEN, Program, environment, program
 
@@ -241,6 +242,34 @@ def test_sandbox_stops(probe: str, tmp_path: Path) -> None:
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
     assert not (tmp_path / ".bashrc").exists()
     assert not (tmp_path / "blobs" / "x").is_symlink()
+
+
+def test_credentials_of_a_web_identity_are_fetched_inside_the_sandbox(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a-token-of-the-cluster")
+    identity = {
+        "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SESSION_TOKEN": "",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"), "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/pull",
+    }  # fmt: skip
+    with moto.running() as url, program(tmp_path, **identity, AWS_ENDPOINT_URL_STS=url) as fetcher:
+        assert greet(fetcher, server, tmp_path / "blobs")["credentials"] == "assume-role-with-web-identity"
+        fetch(fetcher, server)
+        assert fetcher.answer(1)["digest"] == DIGEST
+        assert fetcher.finish() == (0, b"")
+        token = next(headers["x-amz-security-token"] for headers in server.seen)
+        assert token.encode() not in fetcher.heard
+
+
+def test_credential_process_runs_though_the_sandbox_forbids_it(server: Server, tmp_path: Path) -> None:
+    process = tmp_path / "process"
+    process.write_text(f'#!/bin/sh\necho \'{{"Version":1,"AccessKeyId":"AKIDPROC","SecretAccessKey":"{SECRET}"}}\'\n')
+    process.chmod(0o700)
+    (tmp_path / "config").write_text(f"[profile process]\ncredential_process = {process}\n")
+    found = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "process", "AWS_ACCESS_KEY_ID": ""}
+    with program(tmp_path, **found, AWS_SECRET_ACCESS_KEY="", AWS_SESSION_TOKEN="") as fetcher:
+        assert greet(fetcher, server, tmp_path / "blobs")["credentials"] == "custom-process"
+        fetch(fetcher, server)
+        assert fetcher.answer(1)["digest"] == DIGEST
+        assert "AKIDPROC" in server.seen[0]["authorization"]
 
 
 def test_names_resolve_inside_the_sandbox(server: Server, tmp_path: Path) -> None:
