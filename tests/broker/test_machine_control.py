@@ -118,7 +118,9 @@ async def test_machines_with_the_same_key_do_not_disturb_each_other(path: Path) 
 @pytest.mark.capability("wait on an unknown run raises")
 @pytest.mark.mistake("waiting for an unknown run returned success")
 async def test_an_unknown_run_cannot_be_waited_for(path: Path) -> None:
-    async with engine_of(path, one_step(nothing)) as engine:
+    machine = one_step(nothing)
+    async with engine_of(path, machine) as engine:
+        await engine.wait((await engine.start(machine, "k", Ask())).id)
         with pytest.raises(UnknownRunError):
             await engine.wait("nobody")
         with pytest.raises(UnknownRunError):
@@ -399,8 +401,9 @@ async def test_cancel_cascades_to_children_that_nobody_else_wants(path: Path, au
         state = {}
         for run in engine.runs():
             if run.key.startswith("a-"):
-                state[run.key] = (await engine.wait(run.id)).kind
-        assert state == {"a-own": "cancelled", "a-own-leaf": "cancelled"}
+                outcome = await engine.wait(run.id)
+                state[run.key] = (outcome.kind, outcome.reason)
+        assert state == {"a-own": ("cancelled", "enough"), "a-own-leaf": ("cancelled", "enough")}
         assert {run.key for run in engine.runs(active_only=True)} == {"b", "shared", "wanted", "b-own", "b-own-leaf"}
         await engine.cancel(b.id, cause="enough too")
         await engine.wait(b.id)

@@ -335,7 +335,7 @@ async def test_a_child_that_nobody_waits_for_goes_with_its_resumed_parent(path: 
 
 async def test_no_step_runs_before_the_engine_is_handed_out(path: Path) -> None:
     machine = one_step(gated)
-    await killed_in_step(path, [machine], "a", "b", "c")
+    await killed_in_step(path, [machine], *"abcdefghij")
     handed_out: list[Engine] = []
 
     async def look(run: Run[Ask]) -> None:
@@ -343,7 +343,7 @@ async def test_no_step_runs_before_the_engine_is_handed_out(path: Path) -> None:
 
     async with engine_of(path, one_step(look)) as engine:
         handed_out.append(engine)
-        assert [(await engine.wait(run.id)).kind for run in engine.runs()] == ["done"] * 3
+        assert [(await engine.wait(run.id)).kind for run in engine.runs()] == ["done"] * 10
 
 
 # ---------------------------------------------------------------- quarantine
