@@ -26,6 +26,7 @@ import trio
 
 ALWAYS: Final = 1 << 30
 FOREVER_S: Final = 3600.0
+DATE: Final = "Wed, 01 Jan 2025 00:00:00 GMT"
 HEAD_LIMIT: Final = 64 << 10  # bytes of one request's head
 
 
@@ -186,7 +187,7 @@ class Server:
 
     async def head(self, wire: Wire, found: Object) -> None:
         """Answer HeadObject."""
-        headers = {"Content-Length": str(len(found.data)), "ETag": found.etag}
+        headers = {"Content-Length": str(len(found.data)), "ETag": found.etag, "Last-Modified": DATE}
         if found.checksum:
             headers["x-amz-checksum-sha256"] = base64.b64encode(sha256(found.data).digest()).decode()
             headers["x-amz-checksum-type"] = "FULL_OBJECT"
@@ -219,6 +220,7 @@ def good_headers(found: Object, start: int, end: int) -> dict[str, str]:
         "Content-Length": str(end - start),
         "Content-Range": f"bytes {start}-{end - 1}/{len(found.data)}",
         "ETag": found.etag,
+        "Last-Modified": DATE,
     }
 
 

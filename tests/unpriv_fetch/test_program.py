@@ -272,6 +272,17 @@ def test_credential_process_runs_though_the_sandbox_forbids_it(server: Server, t
         assert "AKIDPROC" in server.seen[0]["authorization"]
 
 
+def test_memory_stays_below_100_mib(server: Server, tmp_path: Path) -> None:
+    server.objects["b/large"] = Object(random.Random(1).randbytes(96 << 20))
+    with program(tmp_path) as fetcher:
+        greet(fetcher, server, tmp_path / "blobs", max_streams=16)
+        fetch(fetcher, server, 1, "large")
+        assert fetcher.answer(1)["size"] == 96 << 20
+        status = Path(f"/proc/{fetcher.process.pid}/status").read_text()
+        peak_kib = int(status.split("VmHWM:")[1].split()[0])
+        assert peak_kib < 100 << 10
+
+
 def test_names_resolve_inside_the_sandbox(server: Server, tmp_path: Path) -> None:
     with program(tmp_path) as fetcher:
         endpoint = {"endpoint_url": server.url.replace("127.0.0.1", "localhost"), "addressing": "path"}
