@@ -99,6 +99,15 @@ def parse(block: bytes) -> Header:
     )
 
 
+def adds_up(block: bytes) -> bool:
+    """Tell if a block has the checksum of a header."""
+    try:
+        _expect_checksum(block, block[148:156])
+    except RejectedError:
+        return False
+    return True
+
+
 def _expect_checksum(block: bytes, field: bytes) -> None:
     """Compare the sum of all bytes, the checksum's own taken as spaces (tar(5)), with the field.
 

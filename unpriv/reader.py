@@ -170,7 +170,7 @@ class Reader:
 
     def _beginning(self, error: RejectedError, block: bytes, offset: int) -> RejectedError:
         """Return a plainer word for a first block that was never meant to be a header."""
-        if offset or block[257:262] == b"ustar":
+        if offset or block[257:262] == b"ustar" or header.adds_up(block):
             return error
         self._expect_tar(block, offset)
         return RejectedError(ARCHIVE_NOT_TAR, f"the stream does not begin with a header: {error.reason}")
