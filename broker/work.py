@@ -123,8 +123,12 @@ async def _do(engine: Engine, machine: Machine[Any], key: str, request: Any) -> 
 
     Raises: ImgpullError with what the run ended with.
     """
-    started = await engine.start(machine, key, request)
-    outcome = await engine.wait(started.id)
+    while True:
+        started = await engine.start(machine, key, request)
+        outcome = await engine.wait(started.id)
+        if started.same_request:
+            break
+        # Somebody else's run of the same key asked for something else, such as another name: ours comes after it.
     if not outcome.ok:
         raise ImgpullError.of(machines.problem_of(outcome))
     return outcome
@@ -173,14 +177,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         old = await app.read(store.image_layers, before.id) if before else []
         key = store.pull_key(request.ref, request.source)
         outcome = await _do(engine, machines.PULL, key, request)
-        if request.name is None:
-            device = None
-        elif "activate" in outcome.results:
-            device = outcome.result("activate", machines.Activated).device
-        else:  # a pull that was at work already had been asked for no activation
-            after = await app.read(store.image_by_ref, request.ref, request.source)
-            assert after is not None
-            device = (await _activate(engine, after, request.name, request.mode, request.size)).device
+        device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
         resolved = outcome.result("resolve", machines.Resolved)
         changed = [s.number for s, o in zip(resolved.layers, old, strict=False) if s.pin.etag != o["etag"]]

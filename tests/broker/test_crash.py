@@ -174,6 +174,14 @@ def test_kill_twice_also_while_resuming(world: World) -> None:
             second += 3
 
 
+def test_interrupted_pull_under_another_name_does_not_answer_for_this_one(world: World) -> None:
+    prepare_nothing(world)
+    assert in_child(world, ["pull", REF, "--name", "first"], die_at(8)) == -signal.SIGKILL
+    assert in_child(world, ["pull", REF, "--name", "other"], None) == 0
+    assert set(world.helper.activations) == {"first", "other"}
+    assert_sound(world)
+
+
 def test_two_interrupted_runs_of_two_machines_are_both_resumed(world: World) -> None:
     prepare_inactive(world)
     world.put("two", b"a", b"c", suffix=".tar.gz")
