@@ -303,6 +303,20 @@ def config_show(**arguments: Any) -> None:
     _run("config_show", **arguments)
 
 
+@imgpull.group()
+def policy() -> None:
+    """What is granted and limited, and live proof that the rest is denied."""
+
+
+@policy.command(name="show")
+@click.argument("word", required=False)
+@list_options
+@common
+def policy_show(**arguments: Any) -> None:
+    """Show every limit, grant and system call in force and where it is written; WORD narrows the list."""
+    _run("policy_show", **arguments)
+
+
 @imgpull.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

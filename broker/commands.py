@@ -648,6 +648,24 @@ def config_show(settings: Settings, *, origin: bool, as_json: bool) -> int:
     return 0
 
 
+POLICY_COLUMNS = [
+    Column("key", lambda g: g.key),
+    Column("value", lambda g: g.value),
+    Column("origin", lambda g: g.origin),
+]
+
+
+def policy_show(settings: Settings, *, word: str | None, as_json: bool, **options: Any) -> int:
+    """Show what is granted and limited."""
+    from broker import policy
+
+    rows = [g for g in policy.grants() if word is None or word in g.key]
+    if not rows:
+        raise UsageError(f"nothing in policy/ has {word!r} in its name", advice="`imgpull policy show` lists all")
+    _table(rows, POLICY_COLUMNS, as_json=as_json, **options)
+    return 0
+
+
 def version(settings: Settings, *, as_json: bool) -> int:
     """Print versions."""
     import sqlite3
