@@ -29,7 +29,7 @@ NAMES_TOO_LARGE: Final = rule("names_too_large")
 _PREFIX: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
 
-_RECORD: Final = struct.Struct("<HHIIqqq")  # kind, mode, uid, gid, mtime, size, at
+_RECORD: Final = struct.Struct("<HHIIQQQ")  # kind, mode, uid, gid, mtime (past 2^63 ns), size, at
 _DIGEST_BYTES: Final = 32
 IMPLICIT: Final = -1  # the record of a directory that no member declares
 
