@@ -201,7 +201,8 @@ async def test_foreign_files_are_refused_and_untouched(path: Path, case: str) ->
         elif case == "no tables, a version":
             db.execute("PRAGMA user_version=1")
     before = content(path)
-    with pytest.raises(ForeignStateError, match=str(path)):
+    says = {"newer": "newer version", "other program": "another program"}.get(case, "")
+    with pytest.raises(ForeignStateError, match=f"{path}.*{says}"):
         async with engine_of(path, MACHINE, migrations=migrations):
             pass
     with pytest.raises(ForeignStateError), open_lookup(str(path), migrations=migrations):
@@ -273,6 +274,17 @@ async def test_an_engine_refuses_a_file_whose_structure_is_damaged(path: Path) -
         async with engine_of(path, MACHINE, one_step(gated, name="live")):
             pass
     assert content(path) == bytes(whole)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"delay_ms", b"delay_mz"), (b"outcome IS NOT NULL", b"outcome IS NOW NULL")])
+async def test_a_flipped_byte_in_the_schema_is_refused(path: Path, old: bytes, new: bytes) -> None:
+    await _several(path)
+    replace(path, content(path).replace(old, new))
+    with pytest.raises(DamagedStateError):
+        async with engine_of(path, MACHINE):
+            pass
+    with pytest.raises(DamagedStateError), open_lookup(str(path), migrations=TABLES):
+        pass
 
 
 async def test_an_old_copy_put_back_only_repeats_work(path: Path) -> None:
