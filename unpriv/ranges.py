@@ -12,6 +12,7 @@ from typing import Final
 
 from unpriv.failures import FetchError
 
+THREADS_A_STREAM: Final = 4  # one that works, and those that hang and were left behind
 GAIN: Final = 1.15  # a wider step has to be this much faster to be kept
 REST: Final = 40  # measurements between two tries
 
