@@ -15,7 +15,7 @@ import trio
 from broker.protocol import Endpoint, Fetch, Fetched, FetchFailed, FetchReport, Head, Hello, List, Message, Notice, Pin
 from unpriv import s3
 from unpriv.blobfile import BlobDir
-from unpriv.fetch import Fetcher
+from unpriv.fetcher import Fetcher
 from unpriv.ranges import Tuning
 
 SECRET: Final = "hush-this-is-the-secret-access-key"
@@ -23,7 +23,7 @@ TOKEN: Final = "hush-this-is-the-session-token"
 CELL: Final = 16 << 10
 # As the real one, only everything sooner.
 QUICK: Final = Tuning(
-    cell_bytes=CELL, connect_timeout_s=3.0, read_timeout_s=2.0, watch_window_s=3.0, attempts=3, backoff_base_s=0.02,
+    cell_bytes=CELL, connect_timeout_s=3.0, read_timeout_s=3.0, watch_window_s=4.0, attempts=2, backoff_base_s=0.02,
     backoff_cap_s=0.1, progress_bytes=CELL // 2, report_every_s=0.02, control_s=20.0, abandon_s=0.2,
 )  # fmt: skip
 M = TypeVar("M", bound=Message)

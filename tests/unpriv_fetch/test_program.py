@@ -138,7 +138,7 @@ def test_two_processes_one_fetches_the_other_waits(server: Server, tmp_path: Pat
 # Forks a fetcher, kills it after a while, again and again: the start of a whole interpreter would cost a second each.
 KILLER: Final = """
 import json, os, random, shutil, signal, sys, time
-from unpriv import fetch, s3, streams
+from unpriv import fetch, fetcher, lines, s3
 from broker.protocol import Hello
 from unpriv.ranges import Tuning
 hello = Hello.model_validate_json(sys.argv[1])
@@ -152,7 +152,7 @@ for kill in range(int(sys.argv[3])):
     os.write(tells, sys.argv[2].encode() + b"\\n")
     pid = os.fork()
     if pid == 0:
-        os._exit(fetch.run(hello, fetch.Requests(asks), os.open("/dev/null", os.O_WRONLY), Tuning(cell_bytes=CELL)))
+        os._exit(fetch.run(hello, lines.Requests(asks), os.open("/dev/null", os.O_WRONLY), Tuning(cell_bytes=CELL)))
     time.sleep(chance.uniform(0, 0.25))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

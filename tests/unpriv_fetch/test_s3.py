@@ -349,7 +349,7 @@ async def test_pinned_version_stays_though_the_object_was_replaced(store: Any, t
 
 
 async def test_listing_too_long(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "MAX_LAYERS", 3)
+    monkeypatch.setattr("unpriv.s3.client.MAX_LAYERS", 3)
     for number in range(5):
         store.put_object(Bucket="bucket", Key=f"many/{number}.tar", Body=b"x")
     async with fetching(connect(store.meta.endpoint_url), tmp_path) as bench:
