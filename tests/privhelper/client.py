@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ class Helper:
     """One connection to a helper of its own."""
 
     def __init__(self, config: Path, *, uid: int = 0, prefix: tuple[str, ...] = ()) -> None:
-        self.log_read, log = os.pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 closed with the connection; a pipe would fill up
         self.sock, theirs = connected_pair(uid)
         command = [*prefix, *helper_command(config, "serve")]
         self.process = subprocess.Popen(
-            command, preexec_fn=lambda: _place(theirs.fileno()), pass_fds=(3,), stderr=log, env={"LISTEN_FDS": "1"}
+            command,
+            preexec_fn=lambda: _place(theirs.fileno()),
+            pass_fds=(3,),
+            stderr=self._log,
+            env={"LISTEN_FDS": "1"},
         )
         theirs.close()
-        os.close(log)
         self.sock.settimeout(60)
 
     def __enter__(self) -> "Helper":
@@ -50,8 +54,12 @@ class Helper:
         """Hang up and wait for the helper to go; return its exit code."""
         self.sock.close()
         code = self.process.wait(60)
-        os.close(self.log_read)
+        self._log.close()
         return code
+
+    def log(self) -> str:
+        """Return what the helper has written to its log."""
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
