@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,11 @@ for member in (tar := tarfile.open(tarball)):
 
 def test_processes_are_seen_with_what_they_may_do() -> None:
     watcher = Watcher(os.getuid(), listener_pid=-1)
+    end_s = time.monotonic() + 10
     with subprocess.Popen(["sleep", "100"]) as process:
-        watcher.look()
+        # execve(2) closes descriptors, which is what Popen waits for, before the new command line can be read.
+        while not any("sleep 100" in line for line in watcher.table()) and time.monotonic() < end_s:
+            watcher.look()
         process.kill()
     row = next(line for line in watcher.table() if "sleep 100" in line)
     user, *_, capabilities = row.split()
