@@ -163,8 +163,9 @@ class Layer:
         fields |= {"sha256": hashlib.sha256(data).hexdigest()} | more
         return self.add(op="file", into=into, name=name, mode=mode, **fields)
 
-    def symlink(self, into: int, name: str, target: str) -> int:
-        return self.add(op="symlink", into=into, name=name, target=target, uid=0, gid=0, mtime=10**18 + 2, xattrs={})
+    def symlink(self, into: int, name: str, target: str, **more: Any) -> int:
+        fields = {"uid": 0, "gid": 0, "mtime": 10**18 + 2, "xattrs": {}} | more
+        return self.add(op="symlink", into=into, name=name, target=target, **fields)
 
     def manifest(self) -> bytes:
         header = line(bytes=self.content, entries=len(self.lines), format=protocol.FORMAT, parent=self.parent)

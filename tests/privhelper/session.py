@@ -13,6 +13,7 @@ def everything(helper: Helper, layer: Layer, folder: Path) -> None:
     usr = upper.directory(0, "usr", op="meta")
     upper.add(op="remove", into=usr, name="su", dir=False)
     upper.directory(usr, "new")
+    upper.symlink(usr, "theirs-link", "../etc", uid=1000, gid=1000)
     wrong = Layer(layer.id())
     wrong.file(0, "etc", b"in the way")
     assert helper.ask("stat", layer=layer.id())["state"] == "absent"

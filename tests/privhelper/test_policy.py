@@ -1,0 +1,349 @@
+"""What is granted is what policy/ says: the loader, the units, and the living processes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privhelper import build, kernel, policy, seccomp
+from privhelper.policy import PolicyError
+from tests.privhelper.client import ROOT, SYSTEM_PYTHON, Layer, memfd
+from tests.privhelper.conftest import Installation
+from tests.privhelper.session import everything
+
+POLICY = ROOT / "policy"
+UNIT = POLICY / "systemd/imgpull-helper@.service"
+AUTHORITY = tomllib.loads((POLICY / "authority.toml").read_text())
+root = pytest.mark.root
+
+# ---------------------------------------------------------------- the loader
+
+
+def write(folder: Path, text: str, mode: int = 0o600) -> str:
+    path = folder / "helper.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+@root
+def test_administrator_changes_values(tmp_path: Path) -> None:
+    grants = policy.load(write(tmp_path, "store = 'thin'\n[quota]\nactivations = 3\n"))
+    assert (grants.settings["store"], grants.settings["quota"]["activations"]) == ("thin", 3)
+    assert grants.settings["quota"]["layer_bytes"] > 3
+    assert grants.digest != policy.load(write(tmp_path, "")).digest
+
+
+@root
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("stores = 1", "stores"), ("[quotas]\na = 1", "quotas"), ("[quota]\nactivation = 1", "activation"),
+        ("[quota]\nactivations = '1'", "activations"), ("quota = 1", "quota"), ("[quota]\nactivations = true", "activ"),
+        ("nonsense", "helper.toml"), ("a = '\udcff'", "helper.toml"),
+    ],
+)  # fmt: skip
+def test_administrators_mistake_stops_the_helper(tmp_path: Path, text: str, told: str) -> None:
+    path = write(tmp_path, "")
+    Path(path).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(PolicyError, match=told):
+        policy.load(path)
+
+
+@root
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_file_that_others_can_write_does_not_count(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(PolicyError, match="root alone"):
+        policy.load(write(tmp_path, "", mode))
+
+
+@root
+def test_file_of_another_user_does_not_count(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    os.chown(path, 61001, 0)
+    with pytest.raises(PolicyError, match="root alone"):
+        policy.load(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "allow openat", "allow openat -- ", "allow openat --why", "deny openat -- why", "allow mount -- why",
+        "allow mmap arg2 !& -- why", "allow mmap arg2 >= 4 -- why", "allow mmap arg2 == EVERYTHING -- why",
+    ],
+)  # fmt: skip
+def test_system_call_without_a_reason_is_no_rule(line: str) -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        seccomp.program(f"# comment\n{line}\n")
+
+
+def interpret(program: bytes, number: int, arguments: tuple[int, ...], arch: int = 0xC000003E) -> int:
+    """Run a seccomp program on one call, as the kernel would."""
+    import struct
+
+    data = struct.pack("=IIQ6Q", number, arch, 0, *(arguments + (0,) * 6)[:6])
+    steps = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    accumulator = at = 0
+    while True:
+        code, when_true, when_false, value = steps[at]
+        at += 1
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, value)
+        elif code == 0x06:
+            return int(value)
+        else:
+            taken = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            at += when_true if taken else when_false
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of another architecture")
+def test_seccomp_program_allows_the_listed_calls_and_kills_on_the_rest() -> None:
+    program = policy.load(None).filters["populate"]
+    text = (POLICY / "syscalls/populate.seccomp").read_text()
+    listed = {line.split()[1] for line in text.splitlines() if line.startswith("allow")}
+    numbers = {seccomp._NUMBERS[name][0] for name in listed}
+    conditional = {seccomp._NUMBERS[name][0] for name in ("mmap", "madvise", "mknodat")}
+    allowed = {number for number in range(1024) if interpret(program, number, ()) == 0x7FFF0000}
+    assert allowed == numbers - conditional | {seccomp._NUMBERS["mknodat"][0]}
+    memory, node, every = seccomp._NUMBERS["mmap"][0], seccomp._NUMBERS["mknodat"][0], 2**64 - 1
+    assert interpret(program, memory, (0, 1, 3, 0, every)) == 0x7FFF0000
+    assert interpret(program, memory, (0, 1, 7, 0, every)) == 0x80000000  # PROT_EXEC
+    assert interpret(program, memory, (0, 1, 3, 0, 5)) == 0x80000000  # a file
+    assert interpret(program, node, (3, 0, 0o010644)) == 0x7FFF0000  # a fifo
+    assert interpret(program, node, (3, 0, 0o020644)) == 0x80000000  # a character device
+    assert interpret(program, node, (3, 0, 0o060644)) == 0x80000000  # a block device
+    assert interpret(program, 257, (), arch=0x40000003) == 0x80000000  # i386
+    assert interpret(program, 257 | 0x40000000, ()) == 0x80000000  # x32
+
+
+# ---------------------------------------------------------------- the units
+
+
+def unit_values(key: str) -> list[str]:
+    return [line.partition("=")[2] for line in UNIT.read_text().splitlines() if line.startswith(f"{key}=")]
+
+
+def test_unit_has_the_capabilities_of_authority_toml() -> None:
+    (value,) = unit_values("CapabilityBoundingSet")
+    assert value.split() == [f"CAP_{name}" for name in AUTHORITY["helper"]["capabilities"]]
+
+
+def test_every_directive_of_the_units_is_one_that_systemd_knows() -> None:
+    assert shutil.which("systemd-analyze")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *map(str, sorted((POLICY / "systemd").glob("*.s*et"))), str(UNIT)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    unknown = [line for line in done.stderr.splitlines() if "Unknown" in line or "Failed to parse" in line]
+    assert unknown == []
+
+
+def test_exposure_of_the_unit() -> None:
+    """The gate: 2.1 or less."""
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=21", str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout
+
+
+def unit_system_calls() -> set[str]:
+    names = {name for value in unit_values("SystemCallFilter") for name in value.split()}
+    default = subprocess.run(
+        ["systemd-analyze", "syscall-filter", "@default"], capture_output=True, text=True, check=True
+    )
+    return names - {"@default"} | {
+        line.strip() for line in default.stdout.splitlines()[1:] if not line.startswith("    #")
+    }
+
+
+def test_unit_cannot_attach_a_mount() -> None:
+    attaching = {"mount", "umount", "umount2", "move_mount", "open_tree", "pivot_root", "fspick"}
+    assert not attaching & unit_system_calls()
+    assert not [name for name in unit_system_calls() if name.startswith("@")]
+
+
+@root
+def test_unit_allows_what_the_helper_calls(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with installation.connect(prefix=("strace", "-f", "-o", str(trace))) as helper:
+        everything(helper, layer, tmp_path)
+    called = set(re.findall(r"^\d+ +([a-z_0-9]+)\(", trace.read_text(), re.MULTILINE))
+    assert {"fsmount", "mount_setattr", "preadv2", "openat"} <= called
+    assert called <= unit_system_calls() | {"execve"}, called - unit_system_calls()
+
+
+@root
+def test_populate_calls_nothing_that_is_not_listed(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    """And each listed call is needed, or is one of the few that another libc or a larger layer needs."""
+    trace = tmp_path / "trace"
+    with installation.connect(prefix=("strace", "-f", "-o", str(trace))) as helper:
+        everything(helper, layer, tmp_path)
+    for role, spare in {
+        "populate": {"preadv", "fstat", "mremap", "madvise", "munmap", "mmap", "brk", "mknodat"},
+        "verify": {"fstat", "mremap", "madvise", "munmap", "mmap", "brk"},
+    }.items():
+        text = (POLICY / f"syscalls/{role}.seccomp").read_text()
+        listed = {line.split()[1] for line in text.splitlines() if line.startswith("allow")}
+        needed = "mkdirat" if role == "populate" else "readlinkat"
+        called: set[str] = set()
+        for calls in locked_calls(trace.read_text()):
+            if needed in calls:
+                called |= calls
+        assert called - listed == set()
+        assert listed - called <= spare
+
+
+def locked_calls(trace: str) -> list[set[str]]:
+    """Return what each child called after its seccomp program was in force."""
+    children: dict[str, set[str]] = {}
+    for pid, name, rest in re.findall(r"^(\d+) +([a-z_0-9]+)\((.*)$", trace, re.MULTILINE):
+        if pid in children:
+            children[pid].add(name)
+        elif name == "prctl" and rest.startswith("PR_SET_SECCOMP"):
+            children[pid] = set()
+    return list(children.values())
+
+
+# ---------------------------------------------------------------- the living processes
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def capability_mask(names: list[str]) -> int:
+    return sum(1 << kernel.CAPABILITIES[name] for name in names)
+
+
+def descriptors(pid: int) -> list[str]:
+    folder = Path(f"/proc/{pid}/fd")
+    return sorted(os.readlink(path) for path in folder.iterdir())
+
+
+@root
+def test_living_helper_and_populate_hold_what_authority_toml_says(installation: Installation, tmp_path: Path) -> None:
+    big = Layer()
+    big.directory(0, "", op="meta")
+    for number in range(8):
+        big.file(0, f"big{number}", os.urandom(1 << 20) * 32)
+    payload = big.write_payload(tmp_path)
+    file, data = memfd(big.manifest()), os.open(payload, os.O_RDONLY)
+    with installation.connect() as helper:
+        sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
+        helper.send({"op": "commit", **sizes}, [file, data])
+        assert helper.receive()[0]["type"] == "progress"
+        parent = helper.process.pid
+        (child,) = (int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+        os.kill(child, signal.SIGSTOP)
+        try:
+            check_helper(parent)
+            check_populate(child, parent)
+        finally:
+            os.kill(child, signal.SIGCONT)
+        while helper.receive()[0]["type"] == "progress":
+            pass
+    os.close(file)
+    os.close(data)
+
+
+def check_helper(pid: int) -> None:
+    grant, found = AUTHORITY["helper"], status(pid)
+    mask = capability_mask(grant["capabilities"])
+    assert [int(found[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")] == [
+        0,
+        mask,
+        mask,
+        mask,
+        0,
+    ]
+    assert set(found["Uid"].split()) == {str(grant["user"])}
+    assert found["NoNewPrivs"] == "1"
+    assert found["Threads"] == "1"
+    held = [name for name in descriptors(pid) if not name.startswith(("pipe:", "socket:", "/memfd:manifest"))]
+    known = ("ledger.db", "locks", ".tar", "/", "null")
+    assert [name for name in held if not name.endswith(known) and "/tmp/" not in name] == []
+
+
+def check_populate(pid: int, parent: int) -> None:
+    grant, found = AUTHORITY["populate"], status(pid)
+    mask = capability_mask(grant["capabilities_in_namespace"])
+    assert [int(found[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")] == [
+        0,
+        mask,
+        mask,
+        mask,
+        0,
+    ]
+    assert set(found["Uid"].split()) == set(found["Gid"].split()) == {str(grant["user"])}
+    assert found["Groups"] == ""
+    assert (found["NoNewPrivs"], found["Seccomp"], found["Threads"]) == ("1", "2", "1")
+    assert os.readlink(f"/proc/{pid}/ns/user") != os.readlink(f"/proc/{parent}/ns/user")
+    mapped = Path(f"/proc/{pid}/uid_map").read_text().split()
+    settings = tomllib.loads((POLICY / "helper.toml").read_text())["populate"]
+    assert mapped == ["0", str(settings["first_host_id"]), str(settings["id_count"])]
+    held = descriptors(pid)
+    files = [name for name in held if name.startswith("/") and not name.startswith("/memfd:")]
+    # its root, the directory it stands in (the same here), the payload, the file it writes
+    assert [name for name in held if name.startswith("/memfd:")] == ["/memfd:manifest (deleted)"]
+    assert len([name for name in held if name.startswith("pipe:")]) == 1
+    assert not [name for name in held if name.startswith("socket:")]
+    assert len(files) <= 3 and "/dev/null" not in files and not [name for name in files if "ledger" in name]
+    limits = Path(f"/proc/{pid}/limits").read_text()
+    assert re.search(r"Max processes +0 +0", limits) and re.search(r"Max core file size +0 +0", limits)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def code_lines(path: Path) -> int:
+    """Count lines that are neither blank nor comment nor docstring."""
+    import ast
+    import io
+    import tokenize
+
+    source = path.read_text()
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            documented |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - documented)
+
+
+def test_figures(tmp_path: Path) -> None:
+    """Print how much there is to read and how long it takes to start."""
+    files = [path for path in sorted((ROOT / "privhelper").rglob("*.py")) if path.name != "build.py"]
+    total = sum(map(code_lines, files))
+    thin = sum(code_lines(path) for path in files if path.name in ("thin.py", "dm.py"))
+    zipapp = tmp_path / "imgpull-helper.pyz"
+    build.build(zipapp)
+    times = []
+    for _ in range(15):
+        before = os.times().children_user + os.times().children_system
+        environment = {"LISTEN_FDS": "0"}
+        done = subprocess.run([SYSTEM_PYTHON, "-I", "-S", str(zipapp), "serve"], env=environment, capture_output=True)
+        assert done.returncode == 2
+        times.append(os.times().children_user + os.times().children_system - before)
+    start_ms = min(times) * 1000
+    print(f"root code: {total} lines ({thin} of them the thin store), start-up {start_ms:.0f} ms of CPU")
+    assert start_ms < 60
+
+
+def test_zipapp_is_reproducible_and_complete(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.pyz", tmp_path / "b.pyz"
+    build.build(first)
+    build.build(second)
+    assert first.read_bytes() == second.read_bytes()
+    done: Any = subprocess.run([SYSTEM_PYTHON, "-I", "-S", str(first)], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr.startswith("usage: imgpull-helper")) == (2, True)
