@@ -1,0 +1,135 @@
+"""A fault at each system call of a commit: killed, EIO, ENOSPC, EINTR. Afterwards nothing is leaked and all goes on.
+
+The points are not written down: one run under strace counts the calls, then each is made to fail in a run of its own.
+IMGPULL_FAULTS=all runs every point; otherwise IMGPULL_FAULTS_S seconds of them, spread evenly over all.
+"""
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.privhelper.client import Helper, Layer
+from tests.privhelper.conftest import Installation
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+ALL = os.environ.get("IMGPULL_FAULTS") == "all"
+BUDGET_S = float(os.environ.get("IMGPULL_FAULTS_S", "90"))
+# What changes something, or asks for something that is given only once. ioctl is the loop devices, the clone of a file
+# and closing on exec; the opens of the start-up are counted and left out by their number.
+MUTATING = (
+    "openat", "mkdir", "mkdirat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "unlink", "unlinkat", "ioctl",
+    "fcntl", "fsopen", "fsconfig", "fsmount", "mount_setattr", "clone", "unshare", "setresuid", "chroot", "capset",
+    "prctl", "pipe2", "syncfs", "fchown", "fchownat", "fchmod", "fsetxattr", "setxattr", "removexattr", "utimensat",
+    "symlinkat", "linkat", "sendmsg", "landlock_restrict_self", "close",
+)  # fmt: skip
+# EINTR where the kernel can give it (signal(7)); Python retries those by itself (PEP 475).
+INTERRUPTIBLE = {"openat", "write", "ioctl", "fcntl", "fsync", "sendmsg", "pwrite64", "close"}
+
+
+class Point(NamedTuple):
+    """One call, by its number among the calls of that name in one process, and what happens to it."""
+
+    call: str
+    number: int
+    fault: str
+
+    def inject(self) -> tuple[str, ...]:
+        what = "signal=KILL" if self.fault == "KILL" else f"error={self.fault}"
+        rule = f"inject={self.call}:{what}:when={self.number}"
+        return ("strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={self.call}", "-e", rule)
+
+
+def starts_after(trace: str) -> tuple[Counter[str], Counter[str]]:
+    """Return, for the process with most calls of each name, how many it made before the first request and in all."""
+    before: dict[str, Counter[str]] = {}
+    whole: dict[str, Counter[str]] = {}
+    answering: set[str] = set()
+    for pid, call in re.findall(r"^(\d+) +([a-z_0-9]+)\(", trace, re.MULTILINE):
+        if call == "recvmsg":
+            answering.add(pid)
+        elif pid not in answering and not whole.keys() - {pid}:
+            before.setdefault(pid, Counter())[call] += 1
+        whole.setdefault(pid, Counter())[call] += 1
+    total = Counter({call: max(counts[call] for counts in whole.values()) for call in MUTATING})
+    return Counter({call: max((counts[call] for counts in before.values()), default=0) for call in MUTATING}), total
+
+
+def commit(helper: Helper, layer: Layer, payload: Path) -> str:
+    """Say hello and commit; return how that went."""
+    try:
+        if helper.hello()["type"] != "ok":
+            return "refused"
+        reply = helper.commit(layer.manifest(), payload)
+        return "ok" if reply["type"] == "ok" else str(reply["code"])
+    except (EOFError, ConnectionResetError, BrokenPipeError, TimeoutError):
+        return "gone"
+
+
+def points(before: Counter[str], total: Counter[str]) -> Iterator[Point]:
+    for call in MUTATING:
+        # A few calls of the start-up stand for all: until the first request nothing is open and nothing written.
+        early = range(max(1, before[call] - 3), before[call] + 1) if before[call] else range(0)
+        for number in (*early, *range(before[call] + 1, total[call] + 1)):
+            yield Point(call, number, "KILL")
+            yield Point(call, number, "EIO")
+            yield Point(call, number, "ENOSPC")
+            if call in INTERRUPTIBLE:
+                yield Point(call, number, "EINTR")
+
+
+def test_fault_at_every_call_of_a_commit(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    payload, trace = layer.write_payload(tmp_path), tmp_path / "trace"
+    command = ("strace", "-f", "-qq", "-o", str(trace), "-e", f"trace=recvmsg,{','.join(MUTATING)}")
+    with Helper(installation.config, prefix=command) as helper:
+        assert commit(helper, layer, payload) == "ok"
+    installation.wipe()
+    every = list(points(*starts_after(trace.read_text())))
+    chosen = every if ALL else spread(every)
+    outcomes: Counter[str] = Counter()
+    deadline = time.monotonic() + (1 << 30 if ALL else BUDGET_S)
+    done = 0
+    for point in chosen:
+        if time.monotonic() > deadline:
+            break
+        with Helper(installation.config, prefix=point.inject()) as helper:
+            outcome = commit(helper, layer, payload)
+        outcomes[outcome] += 1
+        done += 1
+        check_recovery(installation, layer, payload, point, outcome)
+    print(f"{done} of {len(every)} fault points: {dict(outcomes)}")
+    assert done >= min(len(every), 10)
+
+
+def spread(every: list[Point]) -> list[Point]:
+    """Order the points so that any beginning of the list is spread over the whole: by a stride prime to its length."""
+    stride = next(number for number in range(int(len(every) * 0.382) | 1, 2 * len(every), 2) if len(every) % number)
+    found, seen = [], set()
+    at = 0
+    for _ in every:
+        while at in seen:
+            at = (at + 1) % len(every)
+        seen.add(at)
+        found.append(every[at])
+        at = (at + stride) % len(every)
+    return found
+
+
+def check_recovery(installation: Installation, layer: Layer, payload: Path, point: Point, outcome: str) -> None:
+    """The next connection finds or makes the layer, whole; nothing else is left of what went before."""
+    with installation.connect() as helper:
+        installation.assert_agrees()
+        present = [row["layer"] for row in installation.rows()]
+        assert present in ([], [layer.id()]), (point, outcome)
+        assert outcome != "ok" or present, (point, outcome)
+        assert helper.ask("reconcile")["actions"] == [], (point, outcome)
+        again = helper.commit(layer.manifest(), payload)
+        assert again == again | {"type": "ok", "existed": bool(present)}, (point, outcome, again)
+        assert helper.ask("verify", layer=layer.id())["type"] == "ok", (point, outcome)
+        assert helper.ask("remove", layer=layer.id())["removed"] is True, (point, outcome)
+    assert (installation.rows(), installation.images(), installation.loops()) == ([], set(), {}), (point, outcome)
