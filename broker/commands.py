@@ -118,6 +118,8 @@ def _table(rows: list[Any], columns: list[Column], **options: Any) -> None:
 def ls(settings: Settings, *, activations: bool, **options: Any) -> int:
     """List images or activations."""
     if not activations:
+        if options["chosen"] is None and not options["as_json"]:
+            options["chosen"] = "image,id,layers,size,pulled"  # what fits into 80 columns
         _table(_images(settings), IMAGE_COLUMNS, **options)
         return 0
     rows: list[ActivationRow] = []

@@ -178,30 +178,44 @@ class TtyReporter(Reporter):
         from rich.console import Group
 
         width = self._console.width
-        rows = [self._row(line, width) for line in self.lines.values()]
-        settled = sum(line.stage in SETTLED for line in self.lines.values())
-        rows.append(self._text(f"{self._title}  {settled}/{len(self.lines)} layers"[: width - 1], style="bold"))
+        labels = max((len(escape(line.label)) for line in self.lines.values()), default=0)
+        room = max(8, min(labels, width // 3))
+        rows = [self._row(line, width, room) for line in self.lines.values()]
+        rows.append(self._text(self._total()[: width - 1], style="bold"))
         return Group(*rows)
 
-    def _row(self, line: Line, width: int) -> Any:
+    def _total(self) -> str:
+        """Return the last line: layers settled, and bytes fetched of all that have to be."""
+        lines = self.lines.values()
+        settled = sum(line.stage in SETTLED for line in lines)
+        text = f"{settled}/{len(self.lines)} layers"
+        fetching = [line for line in lines if line.stage == "fetching"]
+        if fetching:
+            text += f"  {size(sum(line.done for line in fetching))} of {size(sum(line.total for line in fetching))}"
+        return f"{text}  {self._title}"
+
+    def _row(self, line: Line, width: int, room: int) -> Any:
         """Draw one layer in the columns there are: 40 keep label, stage and percent, 60 and more have a bar."""
         styles = {"ready": "green", "shared": "cyan", "failed": "red", "waiting": "dim"}
-        head = f"{escape(line.label)[-16:]:<16} {line.stage:<10}"
+        name = escape(line.label)
+        name = name if len(name) <= room else "…" + name[len(name) - room + 1 :]
+        head = f"{name:<{room}} {line.stage:<10}"
         if line.stage in SETTLED or not line.total or line.stage == "waiting":
             tail = size(line.total) if line.total and line.stage in ("ready", "waiting") else ""
             return self._text(f"{head} {tail}"[: width - 1], style=styles.get(line.stage, ""))
         share = min(1.0, line.done / line.total)
-        rate = line.done / max(0.001, time.monotonic() - line.started_s)
         tail = f"{share * 100:3.0f} %"
         if width >= 80:
-            tail += f" {size(line.done):>9}/{size(line.total)} {size(rate)}/s"
-        room = min(30, width - len(head) - len(tail) - 4)
-        if room >= 8:
-            full = int(room * share)
-            utf = "utf" in (self._console.encoding or "").lower()
-            bar = ("━" * full + " " * (room - full)) if utf else ("#" * full + "-" * (room - full))
-            return self._text(f"{head} {bar} {tail}"[: width - 1])
-        return self._text(f"{head} {tail}"[: width - 1])
+            tail += f" {size(line.done):>9}/{size(line.total)}"
+        if width >= 80 and line.done:
+            tail += f" {size(line.done / max(0.001, time.monotonic() - line.started_s))}/s"
+        space = min(30, width - len(head) - len(tail) - 4)
+        if space < 8:
+            return self._text(f"{head} {tail}"[: width - 1])
+        full = int(space * share)
+        utf = "utf" in (self._console.encoding or "").lower()
+        bar = ("━" * full + " " * (space - full)) if utf else ("#" * full + "-" * (space - full))
+        return self._text(f"{head} {bar} {tail}"[: width - 1])
 
 
 def is_terminal(stream: TextIO) -> bool:
