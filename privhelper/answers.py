@@ -416,7 +416,8 @@ class Answers:
     def _audit(self) -> list[str]:
         actions = []
         # The store first: a device made after this look has a row by the time of the next.
-        devices, active = self._store.devices(), self._store.active()
+        with self._ledger.pool_lock():
+            devices, active = self._store.devices(), self._store.active()
         rows = {row["dev"]: row for row in self._ledger.all("SELECT * FROM device")}
         for dev in sorted(active):
             row = rows.get(dev)

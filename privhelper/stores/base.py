@@ -22,7 +22,7 @@ POOL_STATES: Final = ("ready", "absent", "read_only", "needs_check", "out_of_dat
 
 
 class StoreError(Exception):
-    """A step on the store failed. ``code`` is one of protocol.EXIT_CODES: fault, busy, no_room or pool."""
+    """A step on the store failed. ``code`` is one of protocol.EXIT_CODES: fault, busy, no_room, pool or refused."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class Store(Protocol):
         """Free a device, deactivating what a crash left of it; absent is fine."""
 
     def devices(self) -> set[int]:
-        """Return the numbers that the pool really holds, without BASE."""
+        """Return the numbers that the pool really holds, without BASE; under the pool lock."""
 
     def resize(self, dev: int, size_bytes: int) -> None:
         """Make an inactive device larger; never smaller, the file system in it is left as it is."""
