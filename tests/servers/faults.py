@@ -331,6 +331,11 @@ async def range_ignored(wire: Wire, found: Object, start: int, end: int) -> None
 
 
 @fault
+async def range_with_status_200(wire: Wire, found: Object, start: int, end: int) -> None:
+    await wire.status(200, good_headers(found, start, end), found.data[start:end])
+
+
+@fault
 async def error_with_status_200(wire: Wire, found: Object, start: int, end: int) -> None:
     await wire.error(200, "InternalError")
 

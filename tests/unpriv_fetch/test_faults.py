@@ -41,6 +41,7 @@ EXPECTED: Final = {
     "no_content_range": ("ok", "bad_response"),
     "not_http": ("ok", "unavailable"),
     "range_ignored": ("ok", "bad_response"),
+    "range_with_status_200": ("ok", "bad_response"),
     "redirect_to_another_region": ("ok or bad_response", "bad_response"),
     "redirect_to_link_local": ("bad_response", "bad_response"),
     "refused": ("ok", "unavailable"),
