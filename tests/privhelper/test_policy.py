@@ -347,3 +347,33 @@ def test_zipapp_is_reproducible_and_complete(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
     done: Any = subprocess.run([SYSTEM_PYTHON, "-I", "-S", str(first)], capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stderr.startswith("usage: imgpull-helper")) == (2, True)
+
+
+# ---------------------------------------------------------------- the pages
+
+
+def test_every_test_that_the_pages_name_is_there() -> None:
+    """A row of the grant table or of the threat model without its proof is a wish."""
+    paths = list((ROOT / "tests").rglob("test_*.py"))
+    files = {path.name for path in paths}
+    names = set(re.findall(r"def (test_\w+)\(", "".join(path.read_text() for path in paths)))
+    missing = []
+    for page in ("README.md", "THREATS.md"):
+        for word in re.findall(r"`([^`]*test_[^`]*)`", (POLICY / page).read_text()):
+            for part in word.split("::"):
+                found = part.split("/")[-1].partition("[")[0].rstrip("…")
+                exact = found in files or found in names
+                if not exact and not ("…" in part and any(name.startswith(found) for name in names)):
+                    missing.append(f"{page}: {word}")
+    assert missing == []
+
+
+def test_every_file_that_the_pages_name_is_there() -> None:
+    missing = []
+    for page in [POLICY / "README.md", POLICY / "THREATS.md"]:
+        for word in re.findall(r"`([a-z_/-]+\.(?:py|toml|md|seccomp))`", page.read_text()):
+            places = [ROOT / word, POLICY / word, ROOT / "privhelper" / word, ROOT / "privhelper/stores" / word]
+            places += [ROOT / "tests/privhelper" / word]
+            if not any(place.exists() for place in places):
+                missing.append(f"{page.name}: {word}")
+    assert missing == []
