@@ -319,10 +319,16 @@ def activate(
     chosen = find_image(settings, image)
     from broker import work
 
-    wanted = _name(name, Reference.parse(chosen.ref).default_name)
-    given = work.activate(settings, chosen, wanted, mode, _size(size))
+    default = Reference.parse(chosen.ref).default_name
     if command:
-        return work.inside(settings, given, list(command))
+        # Without a name it is for this command alone and goes with it.
+        given = work.activate(settings, chosen, _name(name, clean_name(f"{default}-{os.getpid()}")), mode, 0)
+        try:
+            return work.inside(settings, given, list(command))
+        finally:
+            if name is None:
+                work.deactivate(settings, given.name)
+    given = work.activate(settings, chosen, _name(name, default), mode, _size(size))
     if firecracker:
         # Firecracker API, PUT /drives/{drive_id}: https://github.com/firecracker-microvm/firecracker, firecracker.yaml
         drive = {
@@ -359,16 +365,20 @@ def rm(settings: Settings, *, image: str, as_json: bool) -> int:
         removed = work.finish_removal(settings, image)
         if removed is None:
             raise
-        text = f"removed {console.escape(image)}, which was interrupted: {len(removed)} layers removed"
+        text = f"removed {console.escape(image)}, which was interrupted: {_layers(len(removed))} removed"
         _result("rm", as_json, text, image=image, layers=removed)
         return 0
     removed = work.remove(settings, chosen)
     kept = chosen.layers - len(removed)
-    text = f"removed {console.escape(chosen.ref)}: {len(removed)} layers removed"
+    text = f"removed {console.escape(chosen.ref)}: {_layers(len(removed))} removed"
     if kept > 0:
         text += f", {kept} kept for other images"
     _result("rm", as_json, text, image=chosen.ref, layers=removed)
     return 0
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
@@ -377,7 +387,8 @@ def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
 
     found = work.collect(settings, dry_run)
     word = "would remove" if dry_run else "removed"
-    text = f"{word} {len(found['layers'])} layers, {len(found['blobs'])} blobs ({console.size(found['bytes'])})"
+    blobs = f"{len(found['blobs'])} cached blobs ({console.size(found['bytes'])})"
+    text = f"{word} {_layers(len(found['layers']))}, {blobs}"
     _result("gc", as_json, text, dry_run=dry_run, **found)
     return 0
 

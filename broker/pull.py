@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from broker import protocol, reference, store, worker
 from broker.app import App, nameless_file, publish, sealed_copy
 from broker.console import escape
+from broker.console import size as size_text
 from broker.errors import ImgpullError, Problem
 from broker.helper import Helper, LayerAbsentError
 from broker.machine import Abort, Done, Machine, Outcome, Policy, Retry, Run
@@ -481,11 +482,13 @@ async def _activate(
 ) -> Activated:
     app = _app(run)
     taken = await app.read(store.activation, name)
-    if taken is not None and (taken.ref, taken.layer) != (ref, layer) and taken.is_live():
+    wanted = (ref, layer, mode, size or (taken.size if taken else 0))
+    if taken is not None and (taken.ref, taken.layer, taken.mode, taken.size) != wanted and taken.is_live():
+        what = f"a {taken.mode} activation of {taken.ref}" + (", of an older pull" if taken.layer != layer else "")
         raise ImgpullError(
             "busy",
             f"the name {name} is in use",
-            f"it is an activation of {taken.ref}" + (" as it was before" if taken.ref == ref else ""),
+            f"it is {what}, {size_text(taken.size)}",
             f"choose another with --name, or `imgpull deactivate {name}` first",
             retry=False,
         )

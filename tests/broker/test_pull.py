@@ -262,7 +262,9 @@ def test_name_of_another_image_is_not_taken_over(world: World) -> None:
     world.run("pull", REF)
     code, _, err = world.run("pull", "s3://bucket/images/two", "--name", "one")
     assert code == 75
-    assert "activation of s3://bucket/images/one" in err
+    assert "it is a rw activation of s3://bucket/images/one" in err
+    code, _, err = world.run("activate", "one", "--ro")
+    assert (code, "choose another with --name" in err) == (75, True)
 
 
 def test_life_of_an_image(world: World) -> None:
@@ -285,7 +287,7 @@ def test_life_of_an_image(world: World) -> None:
     assert world.run("deactivate", "one")[0] == 0
     assert world.run("deactivate", "one")[0] == 66
     code, out, _ = world.run("rm", "one")
-    assert (code, "1 layers removed, 1 kept" in out) == (0, True)
+    assert (code, "1 layer removed, 1 kept" in out) == (0, True)
     assert len(world.helper.layers) == 1
     assert world.run("show", "one")[0] == 66
 

@@ -23,7 +23,7 @@ from tests.servers.swift import Swift, running
 from tests.support.accounts import Account
 from tests.support.helper import Helper
 
-BUCKET: Final = "e2e"
+BUCKET: Final = "demo"  # as the README's session has it
 
 
 @dataclass(frozen=True, slots=True)
