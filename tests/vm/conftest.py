@@ -49,7 +49,7 @@ def bring_source(machine: Machine) -> None:
     """Copy what runs inside the guest to /src: the helper, its policy, and this folder's own programs."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in ("privhelper", "policy", "tests/vm"):
+        for name in ("privhelper", "policy", "tests/vm", "tests/privhelper"):
             archive.add(REPOSITORY / name, arcname=name, filter=_without_bytecode)
     machine.put("/src.tar", buffer.getvalue())
     machine.sh("mkdir -p /src; tar -C /src -xf /src.tar; rm /src.tar; python3 -m compileall -q /src/privhelper")
