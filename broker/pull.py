@@ -9,9 +9,11 @@ The key of a layer run is the digest of all that decides what comes out: the pin
 this one, where they lie, and the limits in force.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import time
 from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -28,6 +30,7 @@ from broker.helper import Helper, LayerAbsentError
 from broker.machine import Abort, Done, Machine, Outcome, Policy, Retry, Run
 from broker.reference import Reference
 
+PARTIAL_AGE_S = 7 * 86400.0  # a pull that is not taken up again within a week
 LOWER_POLL_S = 0.05  # how often a layer looks whether the one below it is checked
 
 
@@ -682,6 +685,24 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
             for digest, _ in chosen:
                 store.forget_blob(db, digest)
     return chosen
+
+
+def drop_partials(app: App, *, dry_run: bool = False) -> list[str]:
+    """Remove blobs that were begun and given up long ago; what a fetcher works on is locked by it and stays."""
+    dropped = []
+    oldest_s = time.time() - PARTIAL_AGE_S
+    for path in sorted((app.paths.blob_dir / "partial").glob("*.map")):
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if path.stat().st_mtime < oldest_s:
+                dropped.append(path.stem)
+                if not dry_run:
+                    path.with_suffix(".data").unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
+    return dropped
 
 
 async def _remove_unused(root: Helper, layer: str) -> bool:

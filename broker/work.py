@@ -348,7 +348,13 @@ def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:
                 outcome = await _do(engine, machines.COLLECT, "layers", machines.CollectRequest())
                 layers = list(outcome.result("layers", machines.Removed).layers)
             blobs = await machines.trim_cache(app, dry_run=dry_run)
-            return {"layers": layers, "blobs": [b for b, _ in blobs], "bytes": sum(n for _, n in blobs)}
+            partials = machines.drop_partials(app, dry_run=dry_run)
+            return {
+                "layers": layers,
+                "blobs": [b for b, _ in blobs],
+                "bytes": sum(n for _, n in blobs),
+                "partials": partials,
+            }
 
     return _run(work)
 

@@ -168,6 +168,7 @@ class Fetcher:
         self._next_id = 0
         self._send_lock = trio.Lock()
         self._ended: ImgpullError | None = None
+        self._refusal: ImgpullError | None = None
         self.ready: wire.Ready | None = None
         self._is_ready = trio.Event()
         self.last_words = bytearray()
@@ -249,6 +250,8 @@ class Fetcher:
         if isinstance(report, wire.Ready):
             self.ready = report
             self._is_ready.set()
+        elif report.id == 0 and isinstance(report, wire.FetchFailed):
+            self._refusal = fetch_error(report)  # it could not even start; the end of its output tells everybody
         elif report.id in self._waiting:
             self._waiting[report.id].send_nowait(report)
 
@@ -259,7 +262,8 @@ class Fetcher:
             await _each_line(self._process.stdout, self._take)
             code = await self._process.wait()
             kind = "configuration" if code == 78 else "s3-unavailable"
-            self._ended = ImgpullError(kind, "the fetcher ended early", _ending(code, bytes(self.last_words)))
+            early = ImgpullError(kind, "the fetcher ended early", _ending(code, bytes(self.last_words)))
+            self._ended = self._refusal or early
         except ImgpullError as error:
             self._ended = error
         finally:

@@ -1,10 +1,12 @@
 """Whole pulls with everything real but the two workers and root: the command, the machines, the state, the wire."""
 
+import fcntl
 import json
 import os
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -336,6 +338,27 @@ def test_gc_keeps_what_images_need_and_trims_the_cache(world: World) -> None:
     assert len(os.listdir(world.paths.blob_dir / "sha256")) == 1
     assert len(world.helper.layers) == 2
     assert world.run("pull", REF)[0] == 0
+
+
+def test_gc_drops_partial_blobs_that_nobody_took_up(world: World) -> None:
+    folder = world.paths.blob_dir / "partial"
+    folder.mkdir(parents=True)
+    for name, age_s in (("old", 30 * 86400), ("young", 0), ("held", 30 * 86400)):
+        for suffix in (".map", ".data"):
+            (folder / (name + suffix)).write_bytes(b"x")
+            os.utime(folder / (name + suffix), times=(time.time() - age_s,) * 2)
+    with (folder / "held.map").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert json.loads(world.run("gc", "--json")[1])["partials"] == ["old"]
+    assert sorted(p.name for p in folder.iterdir()) == ["held.data", "held.map", "young.data", "young.map"]
+
+
+def test_fetcher_that_cannot_start_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = {"type": "failed", "id": 0, "code": "configuration", "message": "no such profile", "retryable": False}
+    script = f"import sys; sys.stdin.readline(); print({json.dumps(json.dumps(refusal))}); sys.exit(78)"
+    monkeypatch.setattr(worker, "FETCH", (sys.executable, "-c", script))
+    code, _, err = world.run("pull", REF)
+    assert (code, "no such profile" in err) == (78, True)
 
 
 def test_lost_manifest_is_asked_of_root(world: World) -> None:
