@@ -1,0 +1,168 @@
+"""Ledger and store agree again, in both directions, whatever one of them lost; what lives is left alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from privhelper.ledger import Ledger
+from tests.privhelper.client import Layer, memfd
+from tests.privhelper.conftest import MEMBER, Installation
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def sealed(installation: Installation, layer: Layer, tmp_path: Path) -> str:
+    with installation.connect(MEMBER) as helper:
+        assert helper.commit(layer.manifest(), layer.write_payload(tmp_path))["type"] == "ok"
+    return layer.id()
+
+
+def reconcile(installation: Installation) -> list[str]:
+    with installation.connect(MEMBER) as helper:
+        reply = helper.ask("reconcile")
+        assert reply["type"] == "ok", reply
+        actions: list[str] = reply["actions"]
+        return actions
+
+
+def clone_base(installation: Installation, number: int) -> str:
+    pool = installation.state / "pool"
+    subprocess.run(["cp", "--reflink=always", str(pool / "0.img"), str(pool / f"{number}.img")], check=True)
+    return str(pool / f"{number}.img")
+
+
+def test_nothing_to_do(installation: Installation, sealed: str) -> None:
+    with installation.connect(MEMBER) as helper:
+        helper.ask("activate", layer=sealed, name="a", mode="rw", size=0)
+    assert reconcile(installation) == []
+    assert installation.run("reconcile").stdout == ""
+
+
+def test_image_without_a_row(installation: Installation, sealed: str) -> None:
+    clone_base(installation, 999)
+    assert reconcile(installation) == ["deleted device 999, which the ledger does not know"]
+    assert 999 not in installation.images()
+
+
+def test_loop_device_without_a_row(installation: Installation, sealed: str) -> None:
+    subprocess.run(["losetup", "-f", clone_base(installation, 998)], check=True)
+    assert reconcile(installation) == [
+        "deactivated device 998, which nobody was given",
+        "deleted device 998, which the ledger does not know",
+    ]
+
+
+def test_sealed_layer_that_is_active(installation: Installation, sealed: str) -> None:
+    (row,) = installation.rows()
+    subprocess.run(["losetup", "-f", str(installation.state / f"pool/{row['dev']}.img")], check=True)
+    assert reconcile(installation) == [f"deactivated device {row['dev']}, which nobody was given"]
+    assert installation.loops() == {}
+
+
+def test_row_without_an_image(installation: Installation, sealed: str, layer: Layer, tmp_path: Path) -> None:
+    (row,) = installation.rows()
+    (installation.state / f"pool/{row['dev']}.img").unlink()
+    assert reconcile(installation) == [f"forgot device {row['dev']}, layer of {sealed}: the store has lost it"]
+    with installation.connect(MEMBER) as helper:
+        assert helper.commit(layer.manifest(), layer.write_payload(tmp_path))["existed"] is False
+
+
+def test_manifest_without_a_row(installation: Installation, sealed: str) -> None:
+    (installation.state / "manifests/997").write_bytes(b"")
+    assert reconcile(installation) == ["deleted the manifest of device 997, which is gone"]
+
+
+def test_absent_pool_is_left_alone(installation: Installation, sealed: str) -> None:
+    """An empty mount point looks like a pool that lost everything; believing it would forget every layer."""
+    installation.run("pool", "detach")
+    assert reconcile(installation) == []
+    installation.run("pool", "attach")
+    assert reconcile(installation) == []
+    assert [row["layer"] for row in installation.rows()] == [sealed]
+
+
+def test_pool_of_another_ledger_is_left_alone(installation: Installation, sealed: str) -> None:
+    identity = installation.state / "pool/identity"
+    kept = identity.read_text()
+    identity.write_text("11111111-1111-1111-1111-111111111111\n")
+    try:
+        with installation.connect(MEMBER) as helper:
+            assert helper.ask("reconcile")["code"] == "pool"
+            assert helper.ask("activate", layer=sealed, name="a", mode="rw", size=0)["code"] == "pool"
+            assert helper.ask("remove", layer=sealed)["code"] == "pool"
+        assert installation.run("pool", "attach", check=False).returncode == 69
+    finally:
+        identity.write_text(kept)
+    assert [row["layer"] for row in installation.rows()] == [sealed]
+
+
+def test_commit_that_runs_is_left_alone(installation: Installation, tmp_path: Path) -> None:
+    big = Layer()
+    big.directory(0, "", op="meta")
+    for number in range(4):
+        big.file(0, f"f{number}", os.urandom(1 << 20) * 32)
+    file, data = memfd(big.manifest()), os.open(big.write_payload(tmp_path), os.O_RDONLY)
+    with installation.connect(MEMBER) as helper:
+        sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
+        helper.send({"op": "commit", **sizes}, [file, data])
+        assert helper.receive()[0]["type"] == "progress"
+        assert reconcile(installation) == []
+        while (reply := helper.receive()[0])["type"] == "progress":
+            pass
+        assert reply["existed"] is False
+    os.close(file)
+    os.close(data)
+
+
+def test_second_pool_is_not_made(installation: Installation, sealed: str) -> None:
+    done = installation.run("pool", "create", check=False)
+    assert (done.returncode, "exists already" in done.stderr) == (69, True)
+    assert [row["layer"] for row in installation.rows()] == [sealed]
+
+
+def test_pool_with_an_activation_is_not_detached(installation: Installation, sealed: str) -> None:
+    with installation.connect(MEMBER) as helper:
+        device = helper.ask("activate", layer=sealed, name="a", mode="rw", size=0)["device"]
+    done = installation.run("pool", "detach", check=False)
+    assert (done.returncode, device in done.stderr) == (75, True)
+
+
+def test_lock_dies_with_its_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from privhelper.ledger import Ledger\n"
+        "ledger = Ledger(sys.argv[2]); assert ledger.try_lock(7); print('held', flush=True); sys.stdin.read()\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", script, root, str(tmp_path)]
+    ledger = Ledger(str(tmp_path))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        assert not ledger.try_lock(7)
+        assert ledger.try_lock(8)
+        holder.kill()
+    assert ledger.try_lock(7)
+
+
+def test_ledger_is_as_durable_as_it_says(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    assert ledger.one("PRAGMA journal_mode")[0] == "delete"
+    assert ledger.one("PRAGMA synchronous")[0] == 3  # EXTRA
+    with ledger.transaction():
+        first = ledger.intend("layer", "a", 1)
+    ledger.forget(first, 0)
+    with ledger.transaction():
+        assert ledger.intend("layer", "b", 1) > first  # a number is used once
+
+
+def test_change_that_fails_leaves_the_row_as_it_was(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    with pytest.raises(RuntimeError), ledger.transaction():
+        ledger.intend("layer", "a", 1)
+        raise RuntimeError
+    assert ledger.all("SELECT * FROM device") == []
