@@ -146,6 +146,8 @@ class Answers:
             raise AnswerError("rejected", str(error), error.rule, error.entry) from error
         admission = self._settings["admission"]
         reserved = header.content_bytes + header.entries * admission["entry_bytes"] + admission["layer_bytes"]
+        charge = reserved + os.fstat(file).st_size  # the manifest is kept, and a layer of nothing costs as well
+        self._check_state_dir(os.fstat(file).st_size)
         parent = self._sealed(header.parent) if header.parent else None
         depth = parent["depth"] + 1 if parent else 1
         if depth > self._settings["limits"]["chain"]:
@@ -156,11 +158,11 @@ class Answers:
                 self._sealed(header.parent)
             if self._ledger.layer(layer) is not None:
                 return False
-            self._check_quota("layer_bytes", _LAYER_BYTES, header.content_bytes)
+            self._check_quota("layer_bytes", _LAYER_BYTES, charge)
             self._check_room(status, reserved)
             return True
 
-        columns = {"parent": header.parent, "depth": depth, "reserved": reserved}
+        columns = {"parent": header.parent, "depth": depth, "reserved": reserved, "charge": charge}
         columns |= {"entries": header.entries, "bytes": header.content_bytes}
         return self._create("layer", layer, parent["dev"] if parent else BASE, admit, columns)
 
@@ -199,7 +201,7 @@ class Answers:
         free = figures.f_bavail * figures.f_frsize
         if needed > free or row["entries"] > figures.f_ffree:
             raise AnswerError(
-                "no_room", "the layer does not fit the file system of an image", None, None, needed_bytes=needed,
+                "no_room", "the layer does not fit the file system of an image", needed_bytes=needed,
                 free_bytes=free, needed_inodes=row["entries"], free_inodes=figures.f_ffree,
             )  # fmt: skip
 
@@ -553,9 +555,15 @@ class Answers:
         used = int(self._ledger.one(query, uid)[0])
         if uid != 0 and used + more > limit:
             raise AnswerError(
-                "refused", f"quota {name}: {used} used, {more} asked, {limit} allowed", "quota", None, used=used,
+                "refused", f"quota {name}: {used} used, {more} asked, {limit} allowed", "quota", used=used,
                 asked=more, limit=limit,
             )  # fmt: skip
+
+    def _check_state_dir(self, needed: int) -> None:
+        figures = os.statvfs(self._manifests)
+        free = figures.f_bavail * figures.f_frsize
+        if needed + self._settings["admission"]["state_reserve_bytes"] > free:
+            raise AnswerError("no_room", "not enough free for the manifest", needed_bytes=needed, free_bytes=free)
 
     def _check_room(self, status: PoolStatus, needed: int) -> None:
         """Refuse what would bring the pool into its reserve, for data and for metadata."""
@@ -569,7 +577,7 @@ class Answers:
         metadata_needed = blocks * admission["metadata_bytes_per_block"] if status.metadata_bytes else 0
         if needed > free or free <= 0 or metadata_needed > metadata_free:
             raise AnswerError(
-                "no_room", "not enough free in the pool; nothing was written", None, None, needed_bytes=needed,
+                "no_room", "not enough free in the pool; nothing was written", needed_bytes=needed,
                 free_bytes=max(free, 0), reserved_bytes=reserved, needed_metadata_bytes=metadata_needed,
                 free_metadata_bytes=max(metadata_free, 0),
             )  # fmt: skip
@@ -584,7 +592,7 @@ class Answers:
 
 
 _FIGURES: Final = ("state", "data_bytes", "data_used_bytes", "metadata_bytes", "metadata_used_bytes", "block_bytes")
-_LAYER_BYTES: Final = "SELECT coalesce(sum(bytes), 0) FROM device WHERE kind = 'layer' AND uid = ?"
+_LAYER_BYTES: Final = "SELECT coalesce(sum(charge), 0) FROM device WHERE kind = 'layer' AND uid = ?"
 _ACTIVATIONS: Final = "SELECT count(*) FROM device WHERE kind = 'activation' AND uid = ?"
 _ACTIVATION_BYTES: Final = (
     "SELECT coalesce(sum(size), 0) FROM device WHERE kind = 'activation' AND mode = 'rw' AND uid = ?"

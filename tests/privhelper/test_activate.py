@@ -140,6 +140,10 @@ def test_quota_of_layers(installation: Installation, layer: Layer, tmp_path: Pat
     with installation.connect(MEMBER) as helper:
         reply = helper.commit(layer.manifest(), layer.write_payload(tmp_path))
         assert (reply["code"], reply["rule"]) == ("refused", "quota")
+        nothing = Layer()
+        nothing.directory(0, "", op="meta")
+        reply = helper.commit(nothing.manifest(), nothing.write_payload(tmp_path))
+        assert reply["rule"] == "quota", "a layer without content is not free: any number of them could be made"
     assert installation.rows() == []
 
 
