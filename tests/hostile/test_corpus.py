@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.unpriv.checking import Ran, differences, run_program
+from tests.unpriv.checking import MEASURED, Ran, differences, run_program
 
 HERE: Final = Path(__file__).resolve().parent
 CASES: Final[dict[str, dict[str, Any]]] = json.loads((HERE / "expected.json").read_text("utf-8"))
@@ -25,7 +25,8 @@ def run(case: dict[str, Any]) -> Ran:
     lowers: list[bytes] = []
     result = None
     for name in case.get("layers") or [case["file"]]:
-        result = run_program(HERE / "corpus" / name, case["media"], lowers, want_tree=True)
+        command = MEASURED if case["verdict"] == "bounded" else None
+        result = run_program(HERE / "corpus" / name, case["media"], lowers, want_tree=True, command=command)
         if result.code:
             break
         lowers.append(result.manifest)
@@ -44,7 +45,7 @@ def test_corpus(name: str) -> None:
     expected = DECISIONS[name]["verdict"] if name in DECISIONS else case["verdict"]
     if case["verdict"] == "bounded":
         bounds = case["limits"]
-        assert result.max_rss_bytes <= bounds["rss_mb"] << 20
+        assert 0 < result.peak_bytes <= bounds["rss_mb"] << 20
         assert result.cpu_s <= bounds["cpu_s"]
         assert result.payload_bytes <= bounds["out_mb"] << 20
         expected = bounds["then"]

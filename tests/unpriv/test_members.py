@@ -309,6 +309,8 @@ def test_attribute_outside_the_allow_list(name: bytes) -> None:
         (b"SCHILY.acl.access", "acl_dropped"),
         (b"RHT.security.selinux", "xattr_dropped"),
         (b"comment", "comment_dropped"),
+        (b"atime", "time_dropped"),
+        (b"LIBARCHIVE.creationtime", "time_dropped"),
         (b"uname", "owner_name_dropped"),
         (b"SCHILY.ino", "vendor_record_dropped"),
     ],

@@ -1,0 +1,284 @@
+"""The files of policy/ that the checker loads: limits, rules, system calls. What is wrong in them stops the program."""
+
+from __future__ import annotations
+
+import errno
+import pkgutil
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import unpriv
+from privhelper import protocol
+from tests.unpriv import test_decompress, test_framing, test_layers, test_members
+from tests.unpriv.bpf import verdict
+from unpriv import limits, rulebook, seccomp
+from unpriv.limits import LimitsError
+from unpriv.rulebook import RulebookError
+from unpriv.seccomp import PolicyError
+
+MACHINES = ["x86_64", "aarch64"]
+KILL, ALLOW = 0x80000000, 0x7FFF0000
+
+# ---------------------------------------------------------------- limits
+
+
+def edited(tmp_path: Path, pattern: str, replacement: str) -> Path:
+    text, count = re.subn(pattern, replacement, limits.PACKAGED.read_text("utf-8"), count=1, flags=re.M)
+    assert count == 1
+    path = tmp_path / "limits.toml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def line_of(path: Path, word: str) -> int:
+    return next(n for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.startswith(word))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "word"),
+    [
+        (r"^entries = ", "entires = ", "entires"),
+        (r"^depth = \d+", "depth = 100_000", "depth"),
+        (r"^depth = \d+", 'depth = "64"', "depth"),
+        (r"^depth = \d+", "depth = 64.0", "depth"),
+        (r"^depth = \d+", "depth = true", "depth"),
+        (r"^depth = \d+", "depth = -1", "depth"),
+        (r"^component_bytes = \d+", "component_bytes = 256", "component_bytes"),
+        (r'^fifo = "refuse"', 'fifo = "keep"', "fifo"),
+        (r"^filters = .*", 'filters = ["none", "lzip"]', "filters"),
+        (r"^sparse_map_entries = 0", "sparse_map_entries = 1", "sparse_map_entries"),
+        (r"^\[names\]", "[nmaes]", "[nmaes]"),
+    ],
+)
+def test_a_wrong_value_names_its_line(tmp_path: Path, pattern: str, replacement: str, word: str) -> None:
+    path = edited(tmp_path, pattern, replacement)
+    with pytest.raises(LimitsError) as caught:
+        limits.load(path, tmp_path / "none")
+    if not word.startswith("["):
+        assert str(caught.value).startswith(f"{path}:{line_of(path, word)}: "), caught.value
+
+
+def test_a_missing_key_and_bad_toml_stop_the_program(tmp_path: Path) -> None:
+    with pytest.raises(LimitsError, match="depth"):
+        limits.load(edited(tmp_path, r"^depth = .*$", ""), tmp_path / "none")
+    with pytest.raises(LimitsError, match="line"):
+        limits.load(edited(tmp_path, r"^depth = .*$", "depth = = 3"), tmp_path / "none")
+    with pytest.raises(LimitsError):
+        limits.load(tmp_path / "missing", tmp_path / "none")
+
+
+def operator(tmp_path: Path, text: str) -> limits.Limits:
+    path = tmp_path / "operator.toml"
+    path.write_text(text, "utf-8")
+    return limits.load(operator=path)
+
+
+def test_the_operator_may_tighten(tmp_path: Path) -> None:
+    found = operator(tmp_path, '[names]\ndepth = 10\n\n[special]\nfifo = "omit"\n[stream]\nfilters = ["none", "xz"]\n')
+    assert (found.names.depth, found.special.fifo, found.stream.filters) == (10, "omit", ["none", "xz"])
+    assert found.archive == limits.load(operator=tmp_path / "none").archive
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[names]\n\ndepth = 65\n", 3),
+        ("[names]\ndepht = 3\n", 2),
+        ("[nmaes]\ndepth = 3\n", 1),
+        ('[special]\nchar = "keep"\n', 2),
+        ('[stream]\n# none\nfilters = ["none", "lzma"]\n', 3),
+        ('[stream]\nfilters_operator_may_add = ["bzip2"]\n', 2),
+        ('[names]\ndepth = "3"\n', 2),
+        ("[names]\ndepth = true\n", 2),
+        ("[names]\ndepth = -1\n", 2),
+        ("depth = 3\n", 1),
+    ],
+)
+def test_the_operator_may_not_loosen_or_misspell(tmp_path: Path, text: str, line: int) -> None:
+    with pytest.raises(LimitsError, match=rf"operator\.toml:{line}: "):
+        operator(tmp_path, text)
+
+
+def test_an_unreadable_operator_file_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "operator.toml").symlink_to(tmp_path / "missing")
+    with pytest.raises(LimitsError):
+        limits.load(operator=tmp_path / "operator.toml")
+    with pytest.raises(LimitsError):
+        limits.load(operator=tmp_path)
+
+
+def test_limits_cannot_be_changed_afterwards() -> None:
+    found = limits.load()
+    with pytest.raises(ValueError, match="frozen"):
+        found.names.depth = 1  # type: ignore[misc]  # that is the point
+
+
+def test_packaged_limits_lie_within_the_protocol() -> None:
+    found = limits.load()
+    assert found.names.path_bytes < protocol.MAX_PATH_BYTES
+    assert found.xattrs.value_bytes <= protocol.MAX_XATTR_VALUE_BYTES
+    assert found.archive.file_bytes <= protocol.MAX_FILE_BYTES
+
+
+# ---------------------------------------------------------------- rules
+
+
+def declared() -> set[str]:
+    for module in pkgutil.iter_modules(unpriv.__path__):
+        import_module(f"unpriv.{module.name}")
+    return rulebook.DECLARED
+
+
+def test_every_rule_is_described_and_every_description_is_used() -> None:
+    assert declared() == set(rulebook.load())
+
+
+def test_every_refusal_has_a_test_that_meets_it() -> None:
+    sources = [Path(str(m.__file__)) for m in (test_framing, test_members, test_layers, test_decompress)]
+    sources += [Path(__file__).with_name(n) for n in ("test_archive.py", "test_lower.py", "test_check.py")]
+    text = "".join(path.read_text("utf-8") for path in sources)
+    assert [name for name in rulebook.load() if f'"{name}"' not in text] == []
+
+
+def test_a_rule_that_is_not_described_stops_the_program(tmp_path: Path) -> None:
+    with pytest.raises(RulebookError):
+        rulebook.rule("no_such_rule")
+    with pytest.raises(RulebookError):
+        rulebook.rule("path_empty", "drop")
+    path = tmp_path / "rules.toml"
+    path.write_text('[path_empty]\nkind = "refuse"\nforbids = "x"\n', "utf-8")
+    with pytest.raises(RulebookError):
+        rulebook.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"plain", "plain"),
+        (b"a\\b", "a\\\\b"),
+        (b"\x1b[31m\n", "\\x1b[31m\\x0a"),
+        ("fő".encode(), "fő"),
+        (b"caf\xe9", "caf\\xe9"),
+        ("a\u202eb".encode(), "a\\u202eb"),
+        ("\U000e0001".encode(), "\\U000e0001"),
+        (b"\xed\xa0\x80", "\\xed\\xa0\\x80"),
+    ],
+)
+def test_names_are_escaped_for_people(name: bytes, shown: str) -> None:
+    assert rulebook.escape(name) == shown
+
+
+def test_long_names_are_cut() -> None:
+    assert rulebook.escape(b"n" * 5000, 10) == "n" * 10 + "… (5000 bytes)"
+
+
+# ---------------------------------------------------------------- system calls
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_checkers_policy_means_what_it_says(machine: str) -> None:
+    rules = seccomp.load("check", machine)
+    program = seccomp.assemble(rules, machine)
+    numbers = seccomp._numbers(machine)
+
+    def decide(call: str, *arguments: int) -> int:
+        number = numbers[call]
+        assert number is not None
+        return verdict(program, machine, number, arguments)
+
+    named = {rule.call for rule in rules}
+    for call, number in numbers.items():
+        if number is not None and call not in named:
+            assert verdict(program, machine, number, ()) == KILL, call
+    for descriptor in range(64):
+        assert decide("write", descriptor) == (ALLOW if 1 <= descriptor <= 6 else KILL)
+    assert decide("write", 1 << 32 | 1) == KILL
+    for fd in (-1, 0xFFFFFFFF):
+        assert decide("mmap", 0, 4096, 3, 0x22, fd) == ALLOW
+        assert decide("mmap", 0, 4096, 7, 0x22, fd) == KILL  # executable
+    assert decide("mmap", 0, 4096, 1, 2, 0) == KILL  # of a file
+    assert decide("mmap", 0, 4096, 3, 0x22, 0x1_FFFFFFFF) == KILL
+    assert decide("madvise", 0, 4096, 4) == ALLOW
+    assert decide("madvise", 0, 4096, 21) == KILL
+    assert decide("prctl", 21) == ALLOW
+    assert decide("prctl", 4, 1) == KILL
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_foreign_calls_die(machine: str) -> None:
+    program = seccomp.assemble(seccomp.parse("allow read -- a reason", "x", machine), machine)
+    other = MACHINES[1 - MACHINES.index(machine)]
+    assert verdict(program, machine, seccomp._numbers(machine)["read"] or 0, ()) == ALLOW
+    assert verdict(program, other, seccomp._numbers(machine)["read"] or 0, ()) == KILL
+    assert verdict(program, "x86_64", 0x40000000, ()) == KILL
+
+
+CONDITIONS: dict[str, Callable[[int, int], bool]] = {
+    "arg0 == 5": lambda a, b: a == 5,
+    "arg0 == 0x100000005": lambda a, b: a == 0x100000005,
+    "arg0 == -1": lambda a, b: a in (0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF),
+    "arg0 != 5": lambda a, b: a != 5,
+    "arg0 != 0x100000005": lambda a, b: a != 0x100000005,
+    "arg0 !& 0x4": lambda a, b: a & 4 == 0,
+    "arg0 !& 0x100000004": lambda a, b: a & 0x100000004 == 0,
+    "arg0 >= 5": lambda a, b: a >= 5,
+    "arg0 >= 0x200000001": lambda a, b: a >= 0x200000001,
+    "arg0 < 5": lambda a, b: a < 5,
+    "arg0 < 0x200000001": lambda a, b: a < 0x200000001,
+    "arg0 == 5 arg1 == 7": lambda a, b: a == 5 and b == 7,
+    "arg0 !& 4 arg1 < 9 arg0 != 1": lambda a, b: a & 4 == 0 and b < 9 and a != 1,
+}
+VALUES = [0, 1, 4, 5, 6, 7, 0xFFFFFFFF, 0x100000000, 0x100000004, 0x100000005, 0x200000000, 0x200000001, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_conditions(condition: str) -> None:
+    text = f"errno(EPERM) read {condition} -- first\nallow read -- then\nallow write -- and another call"
+    program = seccomp.assemble(seccomp.parse(text, "x", "x86_64"), "x86_64")
+    for first in VALUES:
+        for second in (0, 7, 9):
+            expected = 0x00050000 | errno.EPERM if CONDITIONS[condition](first, second) else ALLOW
+            assert verdict(program, "x86_64", 0, (first, second)) == expected, (first, second)
+            assert verdict(program, "x86_64", 1, (first, second)) == ALLOW
+            assert verdict(program, "x86_64", 2, (first, second)) == KILL
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "allow read",
+        "allow read --",
+        "allow read --   ",
+        "allow reed -- why",
+        "permit read -- why",
+        "errno(ENOSUCH) read -- why",
+        "errno read -- why",
+        "allow read arg6 == 1 -- why",
+        "allow read arg0 = 1 -- why",
+        "allow read arg0 == one -- why",
+        "allow read arg0 == -- why",
+        "allow read arg0 != -1 -- why",
+        "allow read arg0 == 0x10000000000000000 -- why",
+        "allow read arg0 == 1 arg1 -- why",
+    ],
+)
+def test_a_line_that_is_not_understood_names_itself(line: str) -> None:
+    with pytest.raises(PolicyError, match=r"x:3: "):
+        seccomp.parse(f"# a comment\n\n{line}\n", "x", "x86_64")
+
+
+def test_unknown_architectures_and_policies() -> None:
+    with pytest.raises(PolicyError, match="riscv64"):
+        seccomp.parse("", "x", "riscv64")
+    with pytest.raises(OSError, match="nothing"):
+        seccomp.load("nothing", "x86_64")
+
+
+def test_a_call_that_one_architecture_lacks_is_left_out_there() -> None:
+    rules = seccomp.parse("allow open -- old", "x", "aarch64")
+    assert rules[0].number is None
+    assert len(seccomp.assemble(rules, "aarch64")) == len(seccomp.assemble([], "aarch64"))
