@@ -160,7 +160,8 @@ def _validate(values: dict[str, Any], text: str, path: Path) -> Limits:
     try:
         return Limits.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: name the line that is there.
+        first = min(error.errors(), key=lambda one: one["type"] == "missing")
         where = [str(part) for part in first["loc"]]
         line = _line(text, where[0], where[1] if len(where) > 1 else None)
         raise LimitsError(f"{path}:{line}: {'.'.join(where)}: {first['msg']}") from error

@@ -92,7 +92,7 @@ class Lower:
         count = 0
         for count, (offset, line) in enumerate(lines, 1):
             match = _LINE.fullmatch(line)
-            if match is None:
+            if match is None or len(line) > protocol.MAX_LINE_BYTES:
                 raise _invalid(layer, count + 1, "not an operation")
             try:
                 replay.apply(count, match, (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0)
@@ -147,7 +147,7 @@ class _Replay:
                 raise ValueError("the root's own operation is not the first")
             self._keep_place(self._root, place)
             return
-        if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+        if not 1 <= len(name) <= protocol.MAX_NAME_BYTES or b"/" in name or b"\0" in name or name in (b".", b".."):
             raise ValueError("a name that is no component")
         if op in (b"enter", b"meta"):
             self._enter(number, parent[name], place if op == b"meta" else None)
