@@ -21,6 +21,7 @@ from privhelper.stores import base, thin
 
 MIB = 1 << 20
 NAME = "imgpull"
+ALICE, MALLORY = 1500, 1501
 META_DISK, DATA_DISK = "/dev/disk/by-id/virtio-meta", "/dev/disk/by-id/virtio-data"
 
 
@@ -448,25 +449,27 @@ def case_another_writers_transaction_id_is_noticed() -> None:
             made.store.advance(2)
 
 
-def case_udev_neither_links_nor_probes_and_leaves_the_owner() -> None:
+def case_udev_neither_links_nor_probes_and_leaves_the_grant() -> None:
     with rig() as made:
         made.snapshot(1, 0)
         sh("udevadm settle")
         with made.active(1) as path:
-            made.store.grant(path, 1500)
-            sh("udevadm settle")
-            status = os.stat(path)
-            assert (status.st_uid, status.st_mode & 0o007) == (1500, 0), oct(status.st_mode)
+            made.store.grant(path, ALICE)
+            assert may_write(path, ALICE), "before udev has looked"
+            sh("udevadm settle; udevadm trigger --action=change --settle " + path)
+            assert may_write(path, ALICE) and not may_write(path, MALLORY), sh(f"getfacl {path} || ls -l {path}")
             assert not os.path.exists(f"/dev/mapper/{NAME}-1")
-            assert os.path.realpath(path) not in {
-                os.path.realpath(f"/dev/disk/by-uuid/{name}") for name in listdir("/dev/disk/by-uuid")
-            }
-            found = sh(f"udevadm info {path}")
-            assert "ID_FS" not in found, found
+            by_uuid = "/dev/disk/by-uuid"
+            links = os.listdir(by_uuid) if os.path.isdir(by_uuid) else []
+            assert path not in {os.path.realpath(f"{by_uuid}/{name}") for name in links}
+            assert "ID_FS" not in sh(f"udevadm info {path}")
 
 
-def listdir(path: str) -> list[str]:
-    return os.listdir(path) if os.path.isdir(path) else []
+def may_write(path: str, uid: int) -> bool:
+    """Try as this user, who is in no group."""
+    program = f"import os; os.close(os.open({path!r}, os.O_RDWR))"
+    argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "python3", "-ISc", program]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
 def case_activation_costs_the_same_at_the_end_of_a_long_chain() -> None:

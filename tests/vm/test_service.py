@@ -1,0 +1,239 @@
+"""The helper as an administrator installs it, under real systemd, used by ordinary users; reboots and crashes.
+
+The machine is this file's own. The tests share its pool and run in order; each leaves it in service.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm.conftest import REPOSITORY, bring_source
+from tests.vm.machine import Machine, overlay, temporary_directory
+from tests.vm.rootfs import Rootfs
+
+pytestmark = pytest.mark.vm
+
+CONFIG = """
+store = "thin"
+[thin]
+metadata_bytes = 4194304
+data_bytes = 268435456
+base_bytes = 536870912
+base_inodes = 16384
+journal_mib = 4
+[admission]
+layer_bytes = 8388608
+"""
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def host(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
+    """Boot a machine and install the helper as the README says."""
+    with temporary_directory() as directory:
+        root = overlay(rootfs.image, directory / "root.qcow2")
+        with Machine(rootfs.kernel, root, [], accelerator) as machine:
+            bring_source(machine)
+            install(machine, directory)
+            yield machine
+
+
+def install(machine: Machine, directory: Path) -> None:
+    """Lay the files down by the project's own script, then do what it tells the administrator to do."""
+    zipapp, tree = directory / "imgpull-helper.pyz", directory / "tree"
+    subprocess.run([sys.executable, "-m", "privhelper.build", str(zipapp)], cwd=REPOSITORY, check=True)
+    script = REPOSITORY / "tests/setup/install-helper.sh"
+    subprocess.run(["bash", str(script), str(zipapp), str(tree)], check=True, stdout=subprocess.DEVNULL)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(tree, arcname=".")
+    machine.put("/tree.tar", buffer.getvalue())
+    machine.put("/etc/imgpull/helper.toml", CONFIG.encode())
+    machine.sh(
+        "tar -C / --no-overwrite-dir -xf /tree.tar; rm /tree.tar; systemd-sysusers;"
+        "systemd-tmpfiles --create imgpull.conf; systemctl daemon-reload; imgpull-helper pool create;"
+        "systemctl enable --quiet --now imgpull-pool.service imgpull-helper.socket; usermod -aG imgpull alice"
+    )
+
+
+def client(machine: Machine, *words: str, user: str = "alice", expect: int | None = 0) -> dict[str, Any]:
+    result = machine.run(
+        "python3", "/src/tests/vm/guest/client.py", *words, user=user, environment={"PYTHONPATH": "/src"}, check=False
+    )
+    assert expect is None or result.code == expect, f"{words}: {result.code}: {result.out}{result.err}"
+    return dict(json.loads(result.out))
+
+
+def commit(machine: Machine, tag: str, parent: str | None = None, **more: Any) -> str:
+    spec = {"tag": tag, "parent": parent, "files": 3, "bytes": 10_000, **more}
+    return str(client(machine, "commit", json.dumps(spec))["layer"])
+
+
+def ask(machine: Machine, op: str, user: str = "alice", expect: int = 0, **fields: Any) -> dict[str, Any]:
+    return client(machine, "ask", op, json.dumps(fields), user=user, expect=expect)
+
+
+def layers(machine: Machine) -> set[str]:
+    return {item["layer"] for item in ask(machine, "list")["items"] if item["kind"] == "layer"}
+
+
+def pool_agrees(machine: Machine) -> None:
+    """Hold the ledger against the pool by the helper's own audit and by thin_ls on a copy of the metadata."""
+    machine.sh("systemctl stop imgpull-helper.socket; imgpull-helper reconcile")
+    again = machine.sh("imgpull-helper reconcile").out
+    assert again == "", f"a second reconcile still had something to do: {again}"
+    rows = machine.run("python3", "-ISc", "import sqlite3; print(sorted(row[0] for row in sqlite3.connect("
+                       "'/var/lib/imgpull-helper/ledger.db').execute('SELECT dev FROM device')))").out  # fmt: skip
+    machine.sh("dmsetup ls --noheadings | awk '/imgpull-[0-9]/ {print $1}' | xargs -r -n1 dmsetup remove;"
+               "systemctl stop imgpull-pool")  # fmt: skip
+    held = machine.sh(
+        "cd /var/lib/imgpull-helper/thin; thin_check -q metadata; thin_ls --no-headers -o DEV metadata"
+    ).out
+    machine.sh("systemctl start imgpull-pool imgpull-helper.socket")
+    assert sorted(int(word) for word in held.split())[1:] == json.loads(rows)
+
+
+def test_a_member_of_the_group_commits_activates_and_deactivates(host: Machine) -> None:
+    first = commit(host, "a")
+    second = commit(host, "b", first)
+    assert layers(host) >= {first, second}
+    answer = ask(host, "activate", layer=second, name="one", mode="rw", size=0)
+    device = answer["device"]
+    host.run("dd", f"of={device}", "if=/dev/zero", "bs=4096", "count=1", "seek=100000", "conv=fsync", user="alice")
+    refused = host.run("dd", f"if={device}", "of=/dev/null", "count=1", user="mallory", check=False)
+    assert refused.code != 0 and "Permission denied" in refused.err
+    listing = host.run("debugfs", "-R", "ls -p /", device, user="alice").out
+    assert "/layer-a/" in listing and "/layer-b/" in listing
+    ask(host, "deactivate", name="one")
+    assert host.run("test", "-e", device, check=False).code != 0
+    mounted = ask(host, "activate", layer=second, name="two", mode="ro", size=0)["mounted"]
+    assert mounted == [["layer-a", "layer-b"]]
+    assert "dm-" not in host.sh("cat /proc/mounts").out, "the mount is in no mount table"
+    ask(host, "deactivate", name="two")
+
+
+def test_a_larger_activation_has_its_size_and_its_file_system_grows(host: Machine) -> None:
+    layer = commit(host, "a")
+    device = ask(host, "activate", layer=layer, name="large", mode="rw", size=700 * MIB)["device"]
+    assert host.run("blockdev", "--getsize64", device).out.strip() == str(700 * MIB)
+    host.sh(f"e2fsck -fp {device}; resize2fs {device}; e2fsck -fn {device}", user="alice")
+    ask(host, "deactivate", name="large")
+
+
+def test_attack_a_user_outside_the_group_gets_no_word_through_the_door(host: Machine) -> None:
+    before = layers(host)
+    answer = client(host, "ask", "list", "{}", user="mallory", expect=2)
+    assert answer["type"] == "closed" and "Permission denied" in answer["message"]
+    assert layers(host) == before
+
+
+def test_attack_another_member_reaches_no_activation_of_alice(host: Machine) -> None:
+    layer = commit(host, "a")
+    device = ask(host, "activate", layer=layer, name="hers", mode="rw", size=0)["device"]
+    host.sh("usermod -aG imgpull mallory")
+    try:
+        assert ask(host, "deactivate", user="mallory", expect=1, name="hers")["code"] == "not_found"
+        assert ask(host, "list", user="mallory")["items"] == [] or all(
+            item["kind"] == "layer" for item in ask(host, "list", user="mallory")["items"]
+        )
+        assert host.run("test", "-b", device).code == 0
+        assert host.run("head", "-c1", device, user="mallory", check=False).code != 0
+    finally:
+        host.sh("gpasswd --delete mallory imgpull")
+    ask(host, "deactivate", name="hers")
+
+
+def test_the_helper_is_gone_when_nobody_asks_and_the_journal_tells_what_it_did(host: Machine) -> None:
+    layer = commit(host, "told")
+    deadline_s = time.monotonic() + 30
+    while host.sh("systemctl list-units --no-legend 'imgpull-helper@*'").out.strip():
+        assert time.monotonic() < deadline_s, "an instance stays"
+    journal = host.sh("journalctl -o cat -u 'imgpull-helper@*'").out
+    line = next(line for line in journal.splitlines() if "op=commit" in line and layer in line)
+    assert "uid=1500" in line and "outcome=ok" in line
+    assert host.sh("systemctl is-active imgpull-helper.socket").out.strip() == "active"
+
+
+def test_a_commit_under_systemd_is_killed_and_leaves_nothing(host: Machine) -> None:
+    before = layers(host)
+    spec = json.dumps({"tag": "killed", "parent": None, "files": 40, "bytes": MIB})
+    number = host.begin(["python3", "/src/tests/vm/guest/client.py", "commit", spec], user="alice",
+                        environment={"PYTHONPATH": "/src"})  # fmt: skip
+    wait_for_a_commit(host)
+    host.sh("systemctl kill --signal=KILL 'imgpull-helper@*'")
+    assert host.finish(number, check=False).code != 0
+    assert layers(host) == before
+    pool_agrees(host)
+
+
+def wait_for_a_commit(machine: Machine) -> None:
+    """Wait until root writes a layer: a device of the pool is active."""
+    deadline_s = time.monotonic() + 120
+    while not machine.sh("dmsetup ls --noheadings | grep -E 'imgpull-[0-9]' || true").out:
+        assert time.monotonic() < deadline_s, "no commit began"
+
+
+def test_after_a_reboot_the_pool_is_back_and_everything_in_it(host: Machine) -> None:
+    layer = commit(host, "kept")
+    ask(host, "activate", layer=layer, name="kept", mode="rw", size=0)
+    known = layers(host)
+    host.reboot()
+    assert host.sh("systemctl is-active imgpull-pool imgpull-helper.socket").out.split() == ["active", "active"]
+    assert layers(host) == known
+    ask(host, "verify", layer=layer)
+    device = ask(host, "activate", layer=layer, name="kept", mode="rw", size=0)["device"]
+    assert "layer-kept" in host.run("debugfs", "-R", "ls -p /", device, user="alice").out
+    ask(host, "deactivate", name="kept")
+
+
+def test_a_crash_of_the_machine_in_the_middle_of_a_commit_leaves_only_what_was_sealed(host: Machine) -> None:
+    kept = commit(host, "before")
+    known = layers(host)
+    host.sh("sync")
+    spec = json.dumps({"tag": "lost", "parent": kept, "files": 60, "bytes": MIB})
+    host.begin(["python3", "/src/tests/vm/guest/client.py", "commit", spec], user="alice",
+               environment={"PYTHONPATH": "/src"})  # fmt: skip
+    wait_for_a_commit(host)
+    host.kill()
+    host.boot()
+    assert layers(host) == known
+    ask(host, "verify", layer=kept)
+    pool_agrees(host)
+    answer = client(host, "commit", spec)
+    assert answer["existed"] is False
+    ask(host, "verify", layer=answer["layer"])
+
+
+def test_a_pool_that_is_missing_is_reported_and_never_remade(host: Machine) -> None:
+    known = layers(host)
+    folder = "/var/lib/imgpull-helper/thin"
+    host.sh(f"systemctl stop imgpull-helper.socket imgpull-pool; mv {folder}/data /root/data; "
+            "systemctl start imgpull-helper.socket || true")  # fmt: skip
+    assert host.sh("systemctl is-active imgpull-pool || true").out.strip() != "active"
+    spec = json.dumps({"tag": "new", "parent": None, "files": 1, "bytes": 10})
+    answer = client(host, "commit", spec, expect=1)
+    assert answer["code"] == "pool" and "pool attach" in answer["message"]
+    assert host.sh(f"ls {folder}/data 2>/dev/null || true").out == ""
+    host.sh(f"mv /root/data {folder}/data; systemctl reset-failed; systemctl start imgpull-pool imgpull-helper.socket")
+    assert layers(host) == known
+
+
+def test_nothing_is_left_when_all_is_removed(host: Machine) -> None:
+    """Children first: whoever is refused as in use is asked again."""
+    left = layers(host)
+    while left:
+        for layer in left:
+            answer = client(host, "ask", "remove", json.dumps({"layer": layer}), expect=None)
+            assert answer["type"] == "ok" or answer["code"] == "in_use", answer
+        assert len(layers(host)) < len(left)
+        left = layers(host)
+    pool_agrees(host)
+    assert host.sh("dmsetup ls --noheadings | sort").out.split()[::2] == ["imgpull-meta", "imgpull-pool"]
