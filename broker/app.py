@@ -64,12 +64,12 @@ class App:
         self, query: Callable[Concatenate[sqlite3.Connection, P], T], *values: P.args, **names: P.kwargs
     ) -> T:
         """Ask the state database, also while another process holds its lock."""
-        return await self.engine.database.read(lambda db: query(db, *values, **names))
+        return await self.engine.read(lambda db: query(db, *values, **names))
 
     async def peek(self, run_id: str) -> Outcome | None:
         """Return how a run ended, None while it is active."""
         lookup = self.engine.lookup
-        return await self.engine.database.read(lambda _: lookup.outcome(lookup.run(run_id)))
+        return await self.engine.read(lambda _: lookup.outcome(lookup.run(run_id)))
 
     async def fetcher(self, endpoint: protocol.Endpoint) -> worker.Fetcher:
         """Return the running fetcher for an endpoint, starting it when it is the first time."""

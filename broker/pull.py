@@ -186,7 +186,8 @@ async def _lower_layer(run: Run[LayerRequest]) -> str | None:
         outcome = await app.peek(asked.lower_run) if asked.lower_run else None
         if outcome is not None and not outcome.ok:
             raise abort(problem_of(outcome))
-        await trio.sleep(LOWER_POLL_S)
+        with run.rest():
+            await trio.sleep(LOWER_POLL_S)
 
 
 async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> protocol.Accepted:
@@ -511,23 +512,11 @@ async def _activate(
     return Activated(name=name, layer=layer, mode=mode, device=given.device, size=given.size)
 
 
-async def release_layers(run: Run[PullRequest], outcome: Outcome) -> None:
-    """After a pull that failed, stop the work on layers that no other pull wants."""
-    if outcome.ok:
-        return
-    engine = _app(run).engine
-    for child in engine.lookup.children(engine.lookup.run(run.id)):
-        others = [p for p in engine.lookup.parents(child) if p.active and p.id != run.id]
-        if child.active and not others:
-            await engine.cancel(child.id, cause="the pull that wanted it failed")
-
-
 PULL: Machine[PullRequest] = (
     Machine("pull", PullRequest, version=1)
     .start("resolve", resolve, result=Resolved, retry=NETWORK)
     .to("layers", pull_layers, result=Layers, retry=Policy(attempts=1, retry_on=classify))
     .to("activate", activate_pulled, result=Activated, retry=ROOT)
-    .finalise(release_layers)
     .end("ready")
 )
 

@@ -171,7 +171,7 @@ def test_kill_twice_also_while_resuming(world: World) -> None:
             pulled(world)
             assert_sound(world)
             killed.append(f"pull:again:{number}:{second}")
-            second += 3
+            second += 2
 
 
 def test_interrupted_pull_under_another_name_does_not_answer_for_this_one(world: World) -> None:
