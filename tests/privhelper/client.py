@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,17 @@ class Helper:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.close()
+
+    @contextmanager
+    def stopped_child(self) -> Iterator[int]:
+        """Hold the one child of a running commit still."""
+        pid = self.process.pid
+        (child,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        os.kill(child, signal.SIGSTOP)
+        try:
+            yield child
+        finally:
+            os.kill(child, signal.SIGCONT)
 
     def send(self, message: dict[str, Any] | bytes, fds: list[int] | None = None) -> None:
         data = message if isinstance(message, bytes) else protocol.encode(message)

@@ -270,7 +270,8 @@ def test_room_that_a_running_commit_reserved_is_not_given_twice(installation: In
         size = len(first.payload)
         one.send({"op": "commit", "manifest_bytes": len(first.manifest()), "payload_bytes": size}, [file, data])
         assert one.receive()[0]["type"] == "progress"  # its child writes
-        reply = two.commit(second.manifest(), second.write_payload(tmp_path))
+        with one.stopped_child():
+            reply = two.commit(second.manifest(), second.write_payload(tmp_path))
         assert reply["code"] == "no_room"
         assert reply["figures"]["reserved_bytes"] > 2 << 30
         while (last := one.receive()[0])["type"] == "progress":

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -240,13 +239,9 @@ def test_living_helper_and_populate_hold_what_authority_toml_says(installation: 
         helper.send({"op": "commit", **sizes}, [file, data])
         assert helper.receive()[0]["type"] == "progress"
         parent = helper.process.pid
-        (child,) = (int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-        os.kill(child, signal.SIGSTOP)
-        try:
+        with helper.stopped_child() as child:
             check_helper(parent)
             check_populate(child, parent)
-        finally:
-            os.kill(child, signal.SIGCONT)
         while helper.receive()[0]["type"] == "progress":
             pass
     os.close(file)

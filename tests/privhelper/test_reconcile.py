@@ -110,7 +110,8 @@ def test_commit_that_runs_is_left_alone(installation: Installation, tmp_path: Pa
         sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
         helper.send({"op": "commit", **sizes}, [file, data])
         assert helper.receive()[0]["type"] == "progress"
-        assert reconcile(installation) == []
+        with helper.stopped_child():
+            assert reconcile(installation) == []
         while (reply := helper.receive()[0])["type"] == "progress":
             pass
         assert reply["existed"] is False
