@@ -12,7 +12,7 @@ from typing import Final
 
 SECCOMP: Final = {"0": "none", "1": "strict", "2": "filter"}  # proc_pid_status(5)
 COLUMNS: Final = "{:<12}  {:<33}  {:<7}  {:<12}  {}"
-HIDDEN: Final = ("python", "python3", "-I", "-S", "-m")
+HIDDEN: Final = ("python", "python3", "-I", "-S", "-B", "-m")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The real root helper, started by its socket as systemd would, on a pool of its own.
 
-Rule 1: it is the zipapp that an administrator installs, run by Debian's Python with ``-I -S``, root-owned.
+Rule 1: it is the zipapp that an administrator installs, run by Debian's Python with ``-I -S -B``, root-owned.
 Rule 2: everything lies below one folder; when it ends, no process, loop device or mount of it is left, or it says so.
 """
 
@@ -135,7 +135,7 @@ def listening(name: str, group: str, zipapp: Path, config: Path, log: Path) -> I
         shutil.chown(directory, "root", group)
         socket = directory / "helper.sock"
         command = ["systemd-socket-activate", "--accept", "--seqpacket", f"--listen={socket}",
-                   PYTHON, "-I", "-S", str(zipapp), "--config", str(config), "serve"]  # fmt: skip
+                   PYTHON, "-I", "-S", "-B", str(zipapp), "--config", str(config), "serve"]  # fmt: skip
         with log.open("ab") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
                                        start_new_session=True)  # fmt: skip
@@ -158,7 +158,7 @@ def build_zipapp(target: Path) -> None:
 
 def administer(zipapp: Path, config: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run ``imgpull-helper --config CONFIG WORDS`` as root; what it prints is in an error's text."""
-    command = [PYTHON, "-I", "-S", str(zipapp), "--config", str(config), *words]
+    command = [PYTHON, "-I", "-S", "-B", str(zipapp), "--config", str(config), *words]
     finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/")
     if check and finished.returncode:
         raise RuntimeError(f"imgpull-helper {' '.join(words)}: exit code {finished.returncode}: {finished.stderr}")
