@@ -296,6 +296,10 @@ class Machine:
                 return data
             data += piece
 
+    def wait_until_up(self) -> None:
+        """Wait until systemd has started all that a boot starts; the agent answers long before."""
+        self.run("systemctl", "is-system-running", "--wait", check=False)
+
     def power_off(self, timeout_s: float = 120) -> None:
         """Shut down as an administrator does, so that every disk is clean. Raises: MachineError."""
         assert self._process is not None
