@@ -136,6 +136,13 @@ def _refused() -> Iterator[tuple[str, bytes]]:
     }.items():  # fmt: skip
         yield f"name_{name}", manifest(FILE | {"name": text})
         yield f"link_component_{name}", manifest(FILE, LINK | {"to": [text]})
+        yield f"link_through_{name}", manifest(FILE, LINK | {"to": [text, "f"]})
+        yield f"enter_{name}", manifest(ENTER | {"name": text})
+        yield f"directory_{name}", manifest(DIR | {"name": text})
+        yield f"remove_{name}", manifest(REMOVE | {"name": text})
+        yield f"symlink_{name}", manifest(SYMLINK | {"name": text})
+    yield "enter_dotdot_below", manifest(DIR, ENTER | {"in": 1, "name": ".."}, HOLLOW | {"in": 2})
+    yield "meta_dotdot_below", manifest(DIR, ROOT | {"in": 1, "name": ".."})
     yield "name_of_meta_empty_below_root", manifest(DIR, ROOT | {"in": 1})
     yield "name_of_dir_empty", manifest(DIR | {"name": ""})
     yield "link_to_nothing", manifest(FILE, LINK | {"to": []})

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ class Helper:
         try:
             yield child
         finally:
-            os.kill(child, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGCONT)
 
     def send(self, message: dict[str, Any] | bytes, fds: list[int] | None = None) -> None:
         data = message if isinstance(message, bytes) else protocol.encode(message)

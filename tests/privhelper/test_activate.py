@@ -190,6 +190,28 @@ def test_owner_who_swaps_the_file_behind_his_loop_device_gains_nothing(
     subprocess.run(["losetup", "-d", device], check=True)
 
 
+def test_file_of_the_same_name_in_a_namespace_of_ones_own_is_not_taken_for_ours(
+    installation: Installation, sealed: str
+) -> None:
+    """sysfs tells the name of a loop device's file as its binder saw it: a private mount can make it any name."""
+    with installation.connect(MEMBER) as helper:
+        device = activate(helper, sealed)["device"]
+        with open(device, "r+b") as loop:
+            fcntl.ioctl(loop, LOOP_CLR_FD)
+        (image,) = {f"{installation.state}/pool/{row['dev']}.img" for row in installation.rows() if row["name"] == "a"}
+        script = f"mount -t tmpfs none {installation.state}/pool && truncate -s 1M {image} && losetup {device} {image}"
+        command = ["unshare", "--mount", "sh", "-c", f"{script} && echo bound && read end"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as namespace:
+            assert namespace.stdout is not None
+            assert namespace.stdout.readline() == "bound\n"
+            assert Path(f"/sys/block/{Path(device).name}/loop/backing_file").read_text() == image + "\n"
+            (item,) = [item for item in helper.ask("list")["items"] if item["kind"] == "activation"]
+            assert item["live"] is False
+            assert activate(helper, sealed)["device"] != device
+            subprocess.run(["losetup", "-d", device], check=True)
+            namespace.communicate("end\n")
+
+
 def test_no_device_number_is_used_while_somebody_holds_it_open(installation: Installation, sealed: str) -> None:
     """The attack: unbind one's own device, keep the number open, wait until root puts a layer behind it, write."""
     with installation.connect(MEMBER) as helper:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import select
 import subprocess
 import threading
 from collections.abc import Callable
@@ -307,13 +308,36 @@ def test_killed_helper_leaves_nothing_after_the_next_start(installation: Install
     sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
     helper.send({"op": "commit", **sizes}, [file, data])
     assert helper.receive()[0]["type"] == "progress"
-    helper.kill()
+    with helper.stopped_child() as child:
+        handle = os.pidfd_open(child)
+        helper.kill()
+        assert select.select([handle], [], [], 10)[0], "populate outlived the helper"
+        os.close(handle)
     assert [row["state"] for row in installation.rows()] == ["created"]
     with installation.connect() as again:
         installation.assert_agrees()
         assert again.commit(big.manifest(), payload)["existed"] is False
     os.close(file)
     os.close(data)
+
+
+def test_what_a_crash_left_waits_for_the_pool(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    """An absent pool looks like one in which the device is deleted already; forgetting its row would leak it."""
+    payload = layer.write_payload(tmp_path)
+    # killed by the first write of the ledger's fact: the copy is made, nothing is mounted
+    prefix = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=fsopen:signal=KILL")
+    with installation.connect(prefix=prefix) as helper, pytest.raises((EOFError, ConnectionError)):
+        helper.commit(layer.manifest(), payload)
+    (row,) = installation.rows()
+    subprocess.run(["losetup", "-d", installation.loops()[row["dev"]]], check=True)
+    installation.run("pool", "detach")
+    with installation.connect() as helper:
+        assert helper.commit(layer.manifest(), payload)["code"] == "pool"
+        assert len(installation.rows()) == 1
+    installation.run("pool", "attach")
+    with installation.connect() as helper:
+        installation.assert_agrees()
+        assert helper.commit(layer.manifest(), payload)["existed"] is False
 
 
 def test_peer_is_who_connected(installation: Installation) -> None:

@@ -106,6 +106,40 @@ def test_fault_at_every_call_of_a_commit(installation: Installation, layer: Laye
     assert done >= min(len(every), 10)
 
 
+@pytest.mark.parametrize("rule", ["syncfs:error=EIO", "fsync:error=EIO", "syncfs:error=ENOSPC", "fdatasync:error=EIO"])
+def test_failed_sync_dooms_the_layer(installation: Installation, layer: Layer, tmp_path: Path, rule: str) -> None:
+    """A lost write is told once, by the sync. Each kind of it that a commit makes must be asked and believed."""
+    payload = layer.write_payload(tmp_path)
+    prefix = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={rule}:when=1+")
+    with Helper(installation.config, prefix=prefix) as helper:
+        assert commit(helper, layer, payload) not in ("ok", "refused")
+    with installation.connect() as helper:
+        installation.assert_agrees()
+        assert helper.ask("stat", layer=layer.id())["state"] == "absent"
+
+
+def test_everything_that_a_layer_consists_of_is_synced(
+    installation: Installation, layer: Layer, tmp_path: Path
+) -> None:
+    """The file system, the image, its name, the manifest, its name; and an error of each ends the commit."""
+    payload, trace = layer.write_payload(tmp_path), tmp_path / "trace"
+    prefix = ("strace", "-f", "-qq", "-y", "-o", str(trace), "-e", "trace=fsync,syncfs")
+    with Helper(installation.config, prefix=prefix) as helper:
+        assert commit(helper, layer, payload) == "ok"
+        assert helper.ask("remove", layer=layer.id())["removed"] is True
+    synced = [re.sub(r"\d+", "N", path) for path in re.findall(r"fsync\(\d+<([^>]*)>", trace.read_text())]
+    state = re.sub(r"\d+", "N", str(installation.state))
+    expected = [f"{state}/pool/N.img", f"{state}/pool", f"{state}/manifests/N", f"{state}/manifests"]
+    ours = [path for path in synced if path in expected]
+    assert ours[: len(expected)] == expected
+    for number in range(1, 1 + max(index for index, path in enumerate(synced, 1) if path == expected[-1])):
+        fault = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject=fsync:error=EIO:when={number}")
+        with Helper(installation.config, prefix=fault) as helper:
+            assert commit(helper, layer, payload) not in ("ok", "refused"), f"fsync {number} failed"
+        with installation.connect():
+            assert installation.rows() == []
+
+
 def spread(every: list[Point]) -> list[Point]:
     """Order the points so that any beginning of the list is spread over the whole: by a stride prime to its length."""
     stride = next(number for number in range(int(len(every) * 0.382) | 1, 2 * len(every), 2) if len(every) % number)
