@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from privhelper import seccomp
 
 ADMINISTRATORS_FILE: Final = "/etc/imgpull/helper.toml"
+_CHILDREN: Final = ("populate", "verify")  # the roles of authority.toml that root starts
 _FOLDER: Final = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "policy")
 
 
@@ -38,7 +39,7 @@ def load(override: str | None) -> Policy:
     """
     texts = {name: _builtin(name) for name in ("helper.toml", "protocol.toml", "authority.toml")}
     settings, protocol, authority = (_parse(name, texts[name]) for name in sorted(texts, key=list(texts).index))
-    names = sorted(part["syscalls"] for part in authority.values() if "syscalls" in part)
+    names = sorted(authority[role]["syscalls"] for role in _CHILDREN)
     for name in names:
         texts[f"syscalls/{name}.seccomp"] = _builtin(f"syscalls/{name}.seccomp")
     try:
