@@ -317,6 +317,14 @@ def policy_show(**arguments: Any) -> None:
     _run("policy_show", **arguments)
 
 
+@policy.command(name="audit")
+@list_options
+@common
+def policy_audit(**arguments: Any) -> None:
+    """Try from inside each sandbox, and at the root helper's door, what must be denied; ends with 1 if any is not."""
+    _run("policy_audit", **arguments)
+
+
 @imgpull.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

@@ -679,6 +679,29 @@ def policy_show(settings: Settings, *, word: str | None, as_json: bool, **option
     return 0
 
 
+AUDIT_COLUMNS = [
+    Column("place", lambda a: a.place),
+    Column("attempt", lambda a: a.attempt),
+    Column("expected", lambda a: a.expected),
+    Column("got", lambda a: a.got),
+    Column("verdict", lambda a: "ok" if a.ok else "NOT OK"),
+]
+
+
+def policy_audit(settings: Settings, *, as_json: bool, **options: Any) -> int:
+    """Try what must be denied, for real."""
+    from broker import audit
+
+    rows = audit.audit(settings)
+    if as_json:
+        _print_json([row.to_json() for row in rows])
+    else:
+        _table(rows, AUDIT_COLUMNS, **options)
+        bad = sum(not row.ok for row in rows)
+        print(f"\n{len(rows)} attempts, {bad} of them not as policy/ says", file=sys.stderr)
+    return 0 if all(row.ok for row in rows) else 1
+
+
 def version(settings: Settings, *, as_json: bool) -> int:
     """Print versions."""
     import sqlite3

@@ -74,7 +74,7 @@ def _check(arguments: list[str]) -> int:
     lowers = [_open(_LOWER + number) for number in range(lower_count)]
     hasher = Hasher()
     _warm_up(hasher, in_force)
-    sandbox.lock("check", sandbox.Rules(), _rlimits(in_force, lower_count), start_threads=hasher.start)
+    sandbox.lock("check", sandbox.Rules(), rlimits(in_force, lower_count), start_threads=hasher.start)
     findings = Findings(in_force, job.layer_number, job.all_violations)
     outputs = pipeline.Outputs(
         payload=_PAYLOAD if _PAYLOAD in present and job.media != "tar" else None,
@@ -127,7 +127,7 @@ def _arrange(job: CheckJob) -> set[int]:
     return set(moved)
 
 
-def _rlimits(in_force: limits.Limits, lower_count: int) -> dict[str, int]:
+def rlimits(in_force: limits.Limits, lower_count: int) -> dict[str, int]:
     """Return the kernel's limits: a little above our own, which give a better word."""
     return {
         "as": in_force.run.address_space_bytes,
