@@ -35,8 +35,8 @@ class _Order(Enum):
 class Hasher:
     """A pool of buffers and a thread that hashes what lies in them."""
 
-    def __init__(self) -> None:
-        """Make the buffers; the thread comes with start()."""
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Make the buffers, each of whole blocks; the thread comes with start()."""
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._work: SimpleQueue[tuple[memoryview, list[Job]] | _Order] = SimpleQueue()
         self._done: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -44,7 +44,7 @@ class Hasher:
         self._open: Any = None  # the hash of a file that goes on in the next buffer
         self._thread: threading.Thread | None = None
         for _ in range(_BUFFERS):
-            self._free.put(memoryview(bytearray(CHUNK_BYTES)))
+            self._free.put(memoryview(bytearray(chunk_bytes)))
 
     def start(self) -> None:
         """Start the thread."""

@@ -37,15 +37,44 @@ _LEAF_OF_OP: Final = {
 _HEAD: Final = re.compile(
     rb'\{"bytes":[0-9]{1,16},"entries":([0-9]{1,10}),"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
 )
-_STRING: Final = rb'"((?:[^"\\\x00-\x1f\x7f-\xff]|\\["\\bfnrt]|\\u[0-9a-f]{4})*)"'
-# The canonical order of keys lets one expression find what the tree needs; the rest is matched by its shape.
-_LINE: Final = re.compile(
-    rb'\{(?:"at":[0-9]+,)?(?:"dir":(?P<dir>true|false),)?(?:"gid":[0-9]+,)?"in":(?P<into>[0-9]{1,10}),'
-    rb'(?:"major":[0-9]+,"minor":[0-9]+,)?(?:"mode":[0-9]+,)?(?:"mtime":[0-9]+,)?"name":(?P<name>' + _STRING + rb"),"
-    rb'"op":"(?P<op>[a-z]+)"'
-    rb'(?:,"sha256":"[0-9a-f]{64}")?(?:,"size":[0-9]+)?(?:,"target":' + _STRING + rb")?"
-    rb'(?:,"to":(?P<to>\[[^\]\n]*\]))?(?:,"uid":[0-9]+)?(?:,"xattrs":\{[^}\n]*\})?\}\n'
-)
+_PLAIN: Final = rb'[^"\\\x00-\x1f\x7f-\xff]*'
+_STRING: Final = rb'"' + _PLAIN + rb'(?:\\(?:["\\bfnrt]|u[0-9a-f]{4})' + _PLAIN + rb')*"'
+_NUMBER: Final = rb"(?:0|[1-9][0-9]{0,19})"
+_XATTR: Final = _STRING + rb':"(?:[0-9a-f]{2})*"'
+
+
+def _form(*fields: tuple[str, bytes]) -> re.Pattern[bytes]:
+    """Return the expression of an operation: group 1 is `in`, 2 the name without its quotes, 3 what `dir` or `to` says.
+
+    The keys come in the canonical order, so one expression accepts exactly the lines that manifest.py writes.
+    """
+    pairs = (b'"%s":%s' % (key.encode("ascii"), pattern) for key, pattern in fields)
+    return re.compile(rb"\{" + b",".join(pairs) + rb"\}\n")
+
+
+_IN: Final = ("in", b"(" + _NUMBER + b")")
+_NAME: Final = ("name", b'"(' + _STRING[1:-1] + b')"')
+_GID, _UID, _MODE, _MTIME = (("gid", _NUMBER), ("uid", _NUMBER), ("mode", _NUMBER), ("mtime", _NUMBER))
+_XATTRS: Final = ("xattrs", rb"\{(?:" + _XATTR + b"(?:," + _XATTR + rb")*)?\}()")
+_DEVICE: Final = (("major", _NUMBER), ("minor", _NUMBER))
+_FORMS: Final = {
+    b"enter": _form(_IN, _NAME, ("op", b'"enter"()')),
+    b"remove": _form(("dir", b"(true|false)"), _IN, _NAME, ("op", b'"remove"')),
+    b"dir": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"dir"'), _UID, _XATTRS),
+    b"meta": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"meta"'), _UID, _XATTRS),
+    b"file": _form(
+        ("at", _NUMBER), _GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"file"'), ("sha256", b'"[0-9a-f]{64}"'),
+        ("size", _NUMBER), _UID, _XATTRS,
+    ),
+    b"symlink": _form(
+        _GID, _IN, _MTIME, _NAME, ("op", b'"symlink"'), ("target", _STRING), _UID, ("xattrs", rb"\{\}()")
+    ),
+    b"link": _form(_IN, _NAME, ("op", b'"link"'), ("to", rb"(\[" + _STRING + b"(?:," + _STRING + rb")*\])")),
+    b"fifo": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"fifo"'), ("uid", _NUMBER + b"()")),
+    b"char": _form(_GID, _IN, *_DEVICE, _MODE, _MTIME, _NAME, ("op", b'"char"'), ("uid", _NUMBER + b"()")),
+    b"block": _form(_GID, _IN, *_DEVICE, _MODE, _MTIME, _NAME, ("op", b'"block"'), ("uid", _NUMBER + b"()")),
+}  # fmt: skip
+_OP: Final = b'"op":"'  # within a string its quotes would be escaped, so the first one found is the key
 
 
 def _invalid(layer: int, line: int, reason: str) -> RejectedError:
@@ -61,6 +90,20 @@ def unquote(text: bytes) -> bytes:
         return decoded.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise RejectedError(LOWER_MANIFEST_INVALID, "a name that stands for no bytes") from error
+
+
+def _parse(line: bytes) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
+    """Return the name of an operation and its groups. Raises KeyError or ValueError for any other line."""
+    begin = line.index(_OP) + len(_OP)
+    op = line[begin : line.index(b'"', begin)]
+    match = _FORMS[op].fullmatch(line)
+    if match is None or len(line) > protocol.MAX_LINE_BYTES:
+        raise ValueError("not the form of an operation")
+    if op == b"remove":  # its keys begin with `dir`
+        extra, into, name = match.groups()
+        return op, (into, name, extra)
+    into, name, extra = match.groups()
+    return op, (into, name, extra)
 
 
 class Lower:
@@ -91,13 +134,11 @@ class Lower:
         replay = _Replay(self.root)
         count = 0
         for count, (offset, line) in enumerate(lines, 1):
-            match = _LINE.fullmatch(line)
-            if match is None or len(line) > protocol.MAX_LINE_BYTES:
-                raise _invalid(layer, count + 1, "not an operation")
             try:
-                replay.apply(count, match, (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0)
+                op, groups = _parse(line)
+                replay.apply(count, op, *groups, (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0)
             except (RejectedError, KeyError, TypeError, ValueError) as error:
-                raise _invalid(layer, count + 1, f"does not fit the tree: {error}") from error
+                raise _invalid(layer, count + 1, f"does not fit: {error}") from error
         if count != int(head[1]):
             raise _invalid(layer, count + 1, f"{count} operations, the first line says {int(head[1])}")
         self.digest = f"sha256:{hasher.hexdigest()}"
@@ -133,10 +174,9 @@ class _Replay:
         self._root = root
         self._stack: list[tuple[int, Tree]] = [(0, root)]
 
-    def apply(self, number: int, match: re.Match[bytes], place: int) -> None:
+    def apply(self, number: int, op: bytes, into_digits: bytes, quoted: bytes, extra: bytes, place: int) -> None:
         """Apply one operation. Raises KeyError, TypeError or ValueError where it does not fit."""
-        into, op = int(match["into"]), match["op"]
-        name = unquote(match["name"][1:-1])
+        into, name = int(into_digits), unquote(quoted)
         while self._stack[-1][0] != into:
             self._stack.pop()
             if not self._stack:
@@ -152,7 +192,7 @@ class _Replay:
         if op in (b"enter", b"meta"):
             self._enter(number, parent[name], place if op == b"meta" else None)
         elif op == b"remove":
-            _remove(parent, name, match["dir"])
+            _remove(parent, name, extra == b"true")
         elif name in parent:
             raise ValueError("it exists")
         elif op == b"dir":
@@ -160,7 +200,7 @@ class _Replay:
             parent[name] = made
             self._enter(number, made, place)
         elif op == b"link":
-            parent[name] = self._file(match["to"]) | LEAF_LINK
+            parent[name] = self._file(extra) | LEAF_LINK
         else:
             parent[name] = place << _SHIFT | _LEAF_OF_OP[op]
 
@@ -176,10 +216,10 @@ class _Replay:
         if place:
             directory[PLACE] = place << _SHIFT
 
-    def _file(self, untrusted_to: bytes | None) -> int:
+    def _file(self, untrusted_to: bytes) -> int:
         """Return the leaf that a link names."""
         node: int | Tree = self._root
-        for name in json.loads(untrusted_to or b"[]"):
+        for name in json.loads(untrusted_to):
             if isinstance(node, int):
                 raise TypeError("the target's parent is no directory")
             node = node[name.encode("utf-8", "surrogateescape")]
@@ -188,9 +228,9 @@ class _Replay:
         return node
 
 
-def _remove(parent: Tree, name: bytes, is_directory: bytes | None) -> None:
+def _remove(parent: Tree, name: bytes, is_directory: bool) -> None:
     node = parent[name]
-    if is_directory not in (b"true", b"false") or isinstance(node, dict) != (is_directory == b"true"):
+    if isinstance(node, dict) != is_directory:
         raise TypeError("a wrong kind of removal")
     if isinstance(node, dict) and any(key != PLACE for key in node):
         raise ValueError("the directory is not empty")
