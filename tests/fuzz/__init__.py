@@ -1,0 +1,1 @@
+"""Harnesses that feed mutated input to the parsers; see __main__.py."""
