@@ -19,7 +19,7 @@ from tests.privhelper.conftest import Installation
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 ALL = os.environ.get("IMGPULL_FAULTS") == "all"
-BUDGET_S = float(os.environ.get("IMGPULL_FAULTS_S", "90"))
+BUDGET_S = float(os.environ.get("IMGPULL_FAULTS_S", "60"))
 # What changes something, or asks for something that is given only once. ioctl is the loop devices, the clone of a file
 # and closing on exec; the opens of the start-up are counted and left out by their number.
 MUTATING = (

@@ -31,7 +31,7 @@ GOOD: list[dict[str, Any]] = [
     {"op": "verify", "layer": LAYER},
     {"op": "reconcile"},
 ]
-MESSAGES = int(os.environ.get("IMGPULL_FUZZ_MESSAGES", "100000"))
+MESSAGES = int(os.environ.get("IMGPULL_FUZZ_MESSAGES", "1000000" if os.environ.get("CI") == "true" else "100000"))
 SOCKET_MESSAGES = int(os.environ.get("IMGPULL_FUZZ_SOCKET_MESSAGES", "200"))
 
 # ---------------------------------------------------------------- in process

@@ -283,6 +283,7 @@ def check_populate(pid: int, parent: int) -> None:
     mapped = Path(f"/proc/{pid}/uid_map").read_text().split()
     settings = tomllib.loads((POLICY / "helper.toml").read_text())["populate"]
     assert mapped == ["0", str(settings["first_host_id"]), str(settings["id_count"])]
+    assert int(found["VmHWM"].split()[0]) < 64 << 10  # KiB
     held = descriptors(pid)
     files = [name for name in held if name.startswith("/") and not name.startswith("/memfd:")]
     # its root, the directory it stands in (the same here), the payload, the file it writes
