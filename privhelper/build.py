@@ -49,7 +49,7 @@ def build(target: Path) -> None:
     """Write the zipapp, complete or not at all."""
     fresh = target.with_name(target.name + ".new")
     with fresh.open("wb") as file:
-        file.write(b"#!/usr/bin/env -S python3 -I -S\n")
+        file.write(b"#!/usr/bin/python3 -IS\n")
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, data in contents():
                 member = zipfile.ZipInfo(name, _EPOCH)
