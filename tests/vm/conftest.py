@@ -3,6 +3,7 @@
 A test that crashes or reboots the machine boots one of its own from the same root filesystem.
 """
 
+import contextlib
 import io
 import os
 import tarfile
@@ -30,7 +31,14 @@ def accelerator(rootfs: Rootfs) -> str:
 
 @pytest.fixture(scope="session")
 def machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
-    """Boot the machine that most tests share; /scratch is an empty ext4, the disks ``meta`` and ``data`` are blank."""
+    """Boot the machine that most tests share."""
+    with booted_machine(rootfs, accelerator) as booted:
+        yield booted
+
+
+@contextlib.contextmanager
+def booted_machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
+    """Boot a machine; /scratch is an empty ext4, the disks ``meta`` and ``data`` are blank."""
     with temporary_directory() as directory:
         disks = [
             Disk(blank(directory / "scratch", 6 << 30), "scratch"),
@@ -39,6 +47,7 @@ def machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
         ]
         root = overlay(rootfs.image, directory / "root.qcow2")
         with Machine(rootfs.kernel, root, disks, accelerator) as booted:
+            booted.wait_until_up()
             bring_source(booted)
             mount = "mkfs.ext4 -q -E nodiscard $disk; mkdir -p /scratch; mount $disk /scratch"
             booted.sh(f"disk=/dev/disk/by-id/virtio-scratch; {mount}")

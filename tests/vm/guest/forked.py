@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Self
 
 from privhelper import __main__ as program
 from privhelper import policy
@@ -36,6 +37,9 @@ class ForkedHelper(Helper):
         self.sock.settimeout(60)
         self.tracer = self._attach(strace) if strace else None
         os.close(going)
+
+    def __enter__(self) -> Self:
+        return self
 
     def _run(self, config: Path, connection: int, log: int, go: int) -> None:
         """Become the helper: in the child, never returns."""

@@ -72,15 +72,17 @@ def store() -> thin.ThinStore:
 def pool(data_bytes: int = 256 * MIB) -> Iterator[None]:
     """Make a pool and a ledger; take both away."""
     FOLDER.mkdir()
-    CONFIG.write_text(SETTINGS.format(data_bytes=data_bytes))
-    administer("pool", "create")
     try:
-        yield
+        CONFIG.write_text(SETTINGS.format(data_bytes=data_bytes))
+        administer("pool", "create")
+        try:
+            yield
+        finally:
+            kept = store()
+            for dev in kept.active():
+                kept.deactivate(dev)
+            administer("pool", "detach")
     finally:
-        kept = store()
-        for dev in kept.active():
-            kept.deactivate(dev)
-        administer("pool", "detach")
         shutil.rmtree(FOLDER)
     assert DeviceMapper().names() == []
 
@@ -218,6 +220,44 @@ def case_activation_takes_the_same_time_whatever_the_image() -> None:
         assert times["large"] < times["small"] * 3 + 200, times
 
 
+FAMILIES: Final = ("golang", "node", "python")
+
+
+def case_three_families_of_five_layers_fit_because_they_share() -> None:
+    """Layers 1 to 3 are the same in all families, layer 4 in two; flattened they would not fit the pool."""
+    scale = int(os.environ.get("IMGPULL_VM_SCALE", "16"))  # 1 is the full size
+    # MiB, as a bucket of such families has them: 2.8 GB flattened, 1.47 GB stored once
+    sizes = {"1": 110, "2": 70, "3": 300, "4 golang-node": 370, "4 python": 260, "5": 120}
+    with pool(data_bytes=(2 << 30) // scale):
+        flat, committed = 0, dict[str, Layer]()
+        for family in FAMILIES:
+            parent = None
+            for number in range(1, 6):
+                who = "all" if number < 4 else "golang-node" if number == 4 and family != "python" else family
+                size = (sizes.get(str(number)) or sizes[f"{number} {who}"]) // scale
+                layer = Layer(parent)
+                folder = layer.directory(0, f"layer{number}")
+                for part in range(4):
+                    seed = f"{who} {number} {part} ".encode()
+                    layer.file(folder, f"part{part}", (seed * (size * MIB // 4 // len(seed) + 1))[: size * MIB // 4])
+                if layer.id() not in committed:
+                    assert_ok(commit(layer))
+                committed[layer.id()] = layer
+                parent = layer.id()
+                flat += size
+        status = store().status()
+        chain = sum(len(layer.payload) for layer in committed.values())
+        for layer in committed.values():
+            assert_ok(ask("verify", layer=layer.id()))
+        check_promises()
+        print(f"15 keys, {len(committed)} layers: flattened {flat} MiB, as a chain {chain >> 20} MiB; the pool of "
+              f"{status.data_bytes >> 20} MiB holds {status.data_used_bytes >> 20} MiB, metadata "
+              f"{status.metadata_used_bytes >> 10} of {status.metadata_bytes >> 10} KiB")  # fmt: skip
+        assert flat * MIB > status.data_bytes, "flattened they would have fitted as well: no proof"
+        # What a chain costs over its content: journal and tables of each layer's file system.
+        assert status.data_used_bytes < chain + len(committed) * 8 * MIB
+
+
 # ---------------------------------------------------------------- trouble
 
 
@@ -240,16 +280,18 @@ def eat(device: str, start: int, length: int) -> None:
 
 
 @contextlib.contextmanager
-def eating_when_a_commit_begins(device: str) -> Iterator[None]:
-    """Fork a process that waits for a new row in the ledger and then fills the pool; end it in any case."""
+def eating_when_a_commit_begins(device: str, helper: int) -> Iterator[None]:
+    """Fork a process that stops the helper at its next row in the ledger, fills the pool and lets the helper go on."""
+    before = len(ledger_rows())
     pid = os.fork()
     if pid == 0:
         try:
-            before = len(ledger_rows())
             while len(ledger_rows()) == before:
-                time.sleep(0.002)
+                time.sleep(0.001)
+            os.killpg(helper, signal.SIGSTOP)
             eat(device, 140 * MIB, 100 * MIB)
         finally:
+            os.killpg(helper, signal.SIGCONT)
             os._exit(0)
     try:
         yield
@@ -265,8 +307,10 @@ def case_a_pool_that_fills_up_under_a_commit_dooms_only_that_layer() -> None:
         commit(kept)
         device = ask("activate", layer=kept.id(), name="eater", mode="rw", size=0)["device"]
         eat(device, 70 * MIB, 50 * MIB)
-        with eating_when_a_commit_begins(device):
-            answer = commit(layer)
+        with ForkedHelper(CONFIG) as helper:
+            helper.hello()
+            with eating_when_a_commit_begins(device, helper.pid):
+                answer = helper.commit(layer.manifest(), layer.write_payload(FOLDER))
         assert answer["type"] == "error" and answer["code"] in ("no_room", "fault", "pool"), answer
         assert "data_free" not in answer["figures"], f"refused before it began: {answer}"
         print(f"refused as {answer['code']}: {answer['message']} {answer['figures']}")
