@@ -1,1 +1,1 @@
-"""The only code that meets the network and archive bytes; each program locks itself in before its first hostile byte."""
+"""The only code that meets the network and archive bytes; each locks itself in before its first hostile byte."""
