@@ -245,7 +245,7 @@ def test_cpu_time_has_a_second_limit_in_the_kernel(tmp_path: Path) -> None:
 
 def test_output_has_a_limit_in_the_kernel() -> None:
     in_force = limits.load()
-    assert program._rlimits(in_force, 3) == {
+    assert program.rlimits(in_force, 3) == {
         "as": in_force.run.address_space_bytes,
         "cpu": in_force.run.cpu_s + 10,
         "fsize": in_force.stream.payload_bytes + (1 << 30),
