@@ -64,6 +64,13 @@ class BlockLog:
         flushes = (index for index in range(position - 1, -1, -1) if self.entries[index].flags & FLUSH)
         return next(flushes, -1) + 1
 
+    def apply_lying(self, disk: int, position: int, seed: int) -> None:
+        """Write what a disk that ignores flushes may leave: a random half of the last 60 entries, all before them."""
+        choice = random.Random(seed)
+        begin = max(0, position - 60)
+        self.apply(disk, self.entries[:begin])
+        self.apply(disk, [entry for entry in self.entries[begin:position] if choice.random() < 0.5])
+
     def apply(self, disk: int, entries: Iterable[Entry]) -> None:
         """Write entries to a disk, whole."""
         for entry in entries:

@@ -22,7 +22,7 @@ from tests.vm.rootfs import Rootfs
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
-DISK_BYTES = 256 << 20
+DISK_BYTES = 640 << 20
 PROGRAM = "/src/tests/vm/guest/powercut.py"
 MACHINES = 2  # emulated at the same time, one processor each
 CUTS = int(os.environ.get("IMGPULL_VM_CUTS", "200"))
@@ -39,6 +39,8 @@ def recorded(rootfs: Rootfs, accelerator: str) -> Iterator[Path]:
             result = machine.run("python3", PROGRAM, "record", "/dev/disk/by-id/virtio-recorded",
                                  environment={"PYTHONPATH": "/src"})  # fmt: skip
             print(result.out)
+        size = (directory / "log").stat().st_size
+        os.truncate(directory / "log", -(-size // 512) * 512)
         yield directory
 
 
@@ -52,7 +54,9 @@ def choose(log: BlockLog, count: int) -> list[tuple[int, int]]:
     return sorted((place, choice.choice([0, 1, choice.randrange(2, 1 << 30)])) for place in places)
 
 
-def check(rootfs: Rootfs, accelerator: str, recorded: Path, states: list[tuple[int, int]]) -> Counter[str]:
+def check(
+    rootfs: Rootfs, accelerator: str, recorded: Path, states: list[tuple[int, int]], what: str = "check"
+) -> Counter[str]:
     """Boot a machine that tries these states; return how many of each kind there were."""
     with temporary_directory() as directory:
         disks = [
@@ -65,7 +69,7 @@ def check(rootfs: Rootfs, accelerator: str, recorded: Path, states: list[tuple[i
             machine.put("/states", "".join(json.dumps(state) + "\n" for state in states).encode())
             by_id = "/dev/disk/by-id/virtio-"
             result = machine.run(
-                "python3", PROGRAM, "check", f"{by_id}log", f"{by_id}state", "/states",
+                "python3", PROGRAM, what, f"{by_id}log", f"{by_id}state", "/states",
                 environment={"PYTHONPATH": "/src"}, timeout_s=30 * len(states) + 60, check=False,
             )  # fmt: skip
             assert result.code == 0, f"{result.out[-2000:]}\n{result.err[-4000:]}"
@@ -79,8 +83,6 @@ def test_a_power_cut_at_any_block_barrier_loses_nothing_that_was_acknowledged(
     states = choose(log, CUTS)
     figures = f"{len(log.entries)} requests, {len(log.barriers())} barriers"
     log.close()
-    size = (recorded / "log").stat().st_size
-    os.truncate(recorded / "log", -(-size // 512) * 512)
     begin_s = time.monotonic()
     with ThreadPoolExecutor(MACHINES) as machines:
         parts = [states[number::MACHINES] for number in range(MACHINES)]
@@ -88,3 +90,15 @@ def test_a_power_cut_at_any_block_barrier_loses_nothing_that_was_acknowledged(
         kinds = sum(found, Counter())
     print(f"power cuts: {len(states)} states of {figures}, in {time.monotonic() - begin_s:.0f} s: {dict(kinds)}")
     assert kinds["ok"] > len(states) / 2
+
+
+def test_a_disk_that_ignores_flushes_is_found_out(rootfs: Rootfs, accelerator: str, recorded: Path) -> None:
+    """The control: the check above can fail."""
+    log = BlockLog(str(recorded / "log"))
+    choice = random.Random(1)
+    half = len(log.entries) // 2
+    states = sorted((choice.randrange(half, len(log.entries)), choice.randrange(1 << 30)) for _ in range(6))
+    log.close()
+    kinds = check(rootfs, accelerator, recorded, states, "control")
+    print(f"control: {dict(kinds)}")
+    assert kinds["damaged"] > 0

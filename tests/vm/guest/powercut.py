@@ -2,6 +2,7 @@
 
   record DISK                 make a file system and a pool on DISK, commit, activate and remove; print what was done
   check LOG DISK STATES       for each state of the file STATES, put it on DISK and see that every promise holds
+  control LOG DISK STATES     the same for a disk that ignores flushes: print how many states are found damaged
 
 Rule 1: what the helper acknowledged is written to the disk's last sector, outside the file system, and flushed. So each
         state of the disk tells itself what must be there.
@@ -17,6 +18,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -216,21 +218,24 @@ def compare(dev: int, files: dict[str, str]) -> None:
         kept.deactivate(dev)
 
 
-def check(log_path: str, disk: str, states_path: str) -> None:
-    """Try every state; the file has one ``[position, seed]`` a line, positions ascending."""
-    log = BlockLog(log_path)
+def prepare(log_path: str, states_path: str) -> tuple[BlockLog, list[tuple[int, int]], str]:
+    """Return the log, the states (one ``[position, seed]`` a line, ascending) and a block device for a snapshot."""
     # Nothing here needs udev, and its rules start programs for each device that comes and goes.
-    helper.run(
-        "systemctl", "stop", "systemd-udevd.service", "systemd-udevd-kernel.socket", "systemd-udevd-control.socket"
-    )
+    units = ("systemd-udevd.service", "systemd-udevd-kernel.socket", "systemd-udevd-control.socket")
+    helper.run("systemctl", "stop", *units)
     with open(states_path) as file:
-        states = [json.loads(line) for line in file]
+        states = [tuple(json.loads(line)) for line in file]
     os.makedirs("/scratch", exist_ok=True)
     helper.run("mount", "-t", "tmpfs", "-o", f"size={COW_BYTES + (1 << 20)}", "tmpfs", "/media")
     with open("/media/cow", "wb") as file:
         file.truncate(COW_BYTES)
-    cow = helper.run("losetup", "--find", "--show", "/media/cow").strip()
-    base, done, kinds = os.open(disk, os.O_RDWR), 0, {"ok": 0}
+    return BlockLog(log_path), states, helper.run("losetup", "--find", "--show", "/media/cow").strip()
+
+
+def check(log_path: str, disk: str, states_path: str) -> None:
+    """Try every state; print how many there were of each kind."""
+    log, states, cow = prepare(log_path, states_path)
+    base, done, kinds = os.open(disk, os.O_RDWR), 0, Counter[str]()
     for number, (position, seed) in enumerate(states):
         settled = log.settled(position)
         log.apply(base, log.entries[done:settled])
@@ -242,11 +247,28 @@ def check(log_path: str, disk: str, states_path: str) -> None:
             os.fsync(over)
             os.close(over)
             try:
-                kind = check_state(path, read_notes(path), number % 10 == 0)
+                kinds[check_state(path, read_notes(path), number % 10 == 0)] += 1
             except BaseException as error:
                 print(f"FAILED at {position} seed {seed} of {len(log.entries)}: {error!r}", flush=True)
                 raise
-        kinds[kind] = kinds.get(kind, 0) + 1
+    print(json.dumps(kinds))
+
+
+def control(log_path: str, disk: str, states_path: str) -> None:
+    """See that the check can fail: a disk that ignores flushes loses what was acknowledged."""
+    log, states, cow = prepare(log_path, states_path)
+    kinds = Counter[str]()
+    for position, seed in states:
+        base = os.open(disk, os.O_RDWR)
+        log.apply_lying(base, position, seed)
+        os.fsync(base)
+        os.close(base)
+        with snapshot_of(disk, cow) as path:
+            try:
+                kinds[check_state(path, read_notes(path), True)] += 1
+            except Exception as error:  # whatever it is, it was noticed
+                kinds["damaged"] += 1
+                print(f"noticed: {error!r}"[:300])
     print(json.dumps(kinds))
 
 
@@ -256,7 +278,7 @@ def main() -> None:
     if sys.argv[1] == "record":
         record(sys.argv[2])
     else:
-        check(*sys.argv[2:])
+        {"check": check, "control": control}[sys.argv[1]](*sys.argv[2:])
 
 
 if __name__ == "__main__":
