@@ -216,8 +216,8 @@ class Answers:
                 if self._client.fileno() in [fd for fd, _ in poll.poll()]:
                     raise GoneError
                 reports = child.read()
-                finished = not reports
-                for report in reports:
+                finished = reports is None
+                for report in reports or ():
                     if report.kind == "progress":
                         progress = {"entries": report.entries, "bytes": report.content_bytes}
                         self._client.tell({"type": "progress", **progress})

@@ -8,7 +8,6 @@ Rule 3: what it reports is a line of a fixed form, read as if it were hostile.
 Rule 4: it dies with the helper.
 """
 
-import contextlib
 import errno
 import gc
 import os
@@ -26,6 +25,7 @@ _TOLD: Final = re.compile(
     rb"(progress|done) ([0-9]{1,20}) ([0-9]{1,20})|(rejected|no_room|fault) ([a-z_]{1,64}) ([0-9]{1,20}) ([ -~]{0,400})"
 )
 _MAX_REPORT_BYTES: Final = 1024
+_END_MS: Final = 10_000  # between the end of its reports and its own end lies the tearing down of its memory
 Work = Callable[[int, Callable[[int, int], None]], tuple[int, int]]
 
 
@@ -48,22 +48,29 @@ class Child:
         self.results = results
         self._rest = b""
 
-    def read(self) -> list[Report]:
-        """Return the reports that have come; empty at the end. A line of another form is a fault."""
+    def read(self) -> list[Report] | None:
+        """Return the reports that have come; None at the end. A line of another form is a fault."""
         data = os.read(self.results, 65_536)
         if not data:
-            return []
+            return None
         *whole, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > _MAX_REPORT_BYTES:
             whole.append(self._rest)
+            self._rest = b""
         return [_report(line) for line in whole]
 
     def end(self, kill: bool) -> str:
-        """Wait for the child, killing it first when asked to; return how it ended if that was not by exit(0)."""
-        if kill:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        """Wait for the child; return how it ended if that was not by exit(0).
+
+        It is killed when asked to, or when it has closed its pipe and lives on.
+        """
         os.close(self.results)
+        handle = os.pidfd_open(self.pid)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if kill or not poll.poll(_END_MS):
+            os.kill(self.pid, signal.SIGKILL)  # not reaped yet: the number is still its own
+        os.close(handle)
         status = os.waitpid(self.pid, 0)[1]
         if os.WIFSIGNALED(status):
             return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"

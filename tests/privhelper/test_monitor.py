@@ -305,6 +305,7 @@ def test_descriptors_do_not_leak_over_commits(installation: Installation, layer:
         broken.file(0, "f", b"x", sha256="0" * 64)
         for _ in range(3):
             assert helper.commit(broken.manifest(), broken.write_payload(tmp_path))["rule"] == "payload_digest"
+        assert helper.ask("list")["items"] == []  # what the last request brought is closed by now
         assert set(os.listdir(f"/proc/{helper.process.pid}/fd")) == start
 
 
