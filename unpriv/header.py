@@ -32,6 +32,7 @@ _POSIX: Final = b"ustar\x0000"
 _GNU: Final = b"ustar  \0"
 _V7: Final = bytes(8)
 _PAD: Final = bytes(12)
+_NO_NUMBER: Final = bytes(8)
 _NO_NAME: Final = bytes(100)
 _NO_PREFIX: Final = bytes(155)
 _OCTAL: Final = re.compile(rb" *([0-7]+)[ \0]*")
@@ -39,6 +40,7 @@ _BLANK: Final = re.compile(rb" *\0*|\0* *")
 _CHECKSUM_AS_SPACES: Final = sum(b"        ")
 
 # Modes, owners and device numbers repeat from header to header: remember what a field of eight bytes said.
+_new: Final = tuple.__new__  # a NamedTuple's own constructor takes three times as long, and there are a million headers
 _SMALL: Final[dict[bytes, int]] = {}
 _SMALL_MAX: Final = 4_096
 
@@ -84,18 +86,21 @@ def parse(block: bytes) -> Header:
         raise RejectedError(HEADER_RESERVED, "a version 7 header with data behind its link name")
     length = number_or_blank(size, "size") if size[0] in b"\0 " else number(size, "size")
     known = _SMALL
-    return Header(
-        name,
-        known[mode] if mode in known else number(mode, "mode"),
-        known[uid] if uid in known else number(uid, "uid"),
-        known[gid] if gid in known else number(gid, "gid"),
-        length or 0,
-        signed(mtime, "mtime"),
-        typeflag,
-        b"" if linkname == _NO_NAME else text(linkname, "linkname"),
-        known[major] if major in known else number_or_blank(major, "devmajor") or 0,
-        known[minor] if minor in known else number_or_blank(minor, "devminor") or 0,
-        length is None,
+    return _new(
+        Header,
+        (
+            name,
+            known[mode] if mode in known else number(mode, "mode"),
+            known[uid] if uid in known else number(uid, "uid"),
+            known[gid] if gid in known else number(gid, "gid"),
+            length or 0,
+            signed(mtime, "mtime"),
+            typeflag,
+            b"" if linkname == _NO_NAME else text(linkname, "linkname"),
+            0 if major == _NO_NUMBER else number_or_blank(major, "devmajor") or 0,
+            0 if minor == _NO_NUMBER else number_or_blank(minor, "devminor") or 0,
+            length is None,
+        ),
     )
 
 

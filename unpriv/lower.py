@@ -28,6 +28,7 @@ _LAYER_SHIFT: Final = 40
 PLACE: Final = b""  # the key under which a directory keeps its own place; no name is empty
 
 Tree = dict[bytes, Union[int, "Tree"]]
+_PLAIN_NAME: Final = re.compile(rb"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,100}")  # no dots first, no escapes, not too long
 
 _PIECE_BYTES: Final = 1 << 20
 _LEAF_OF_OP: Final = {
@@ -132,11 +133,17 @@ class Lower:
         if head is None or head[2] != parent:
             raise _invalid(layer, 1, "a wrong first line, or not the child of the layer below")
         replay = _Replay(self.root)
+        plain_file = _FORMS[b"file"].fullmatch  # most lines
         count = 0
         for count, (offset, line) in enumerate(lines, 1):
+            place = (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0
             try:
-                op, groups = _parse(line)
-                replay.apply(count, op, *groups, (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0)
+                if match := plain_file(line):
+                    into, name, _ = match.groups()
+                    replay.leaf(into, name, place << _SHIFT | LEAF_FILE)
+                else:
+                    op, groups = _parse(line)
+                    replay.apply(count, op, *groups, place)
             except (RejectedError, KeyError, TypeError, ValueError) as error:
                 raise _invalid(layer, count + 1, f"does not fit: {error}") from error
         if count != int(head[1]):
@@ -172,42 +179,52 @@ class _Replay:
 
     def __init__(self, root: Tree):
         self._root = root
-        self._stack: list[tuple[int, Tree]] = [(0, root)]
+        self._stack: list[tuple[bytes, Tree]] = [(b"0", root)]  # number and tree of each directory on the way
 
-    def apply(self, number: int, op: bytes, into_digits: bytes, quoted: bytes, extra: bytes, place: int) -> None:
+    def apply(self, number: int, op: bytes, into: bytes, quoted: bytes, extra: bytes, place: int) -> None:
         """Apply one operation. Raises KeyError, TypeError or ValueError where it does not fit."""
-        into, name = int(into_digits), unquote(quoted)
+        if op == b"meta" and not quoted:
+            if number != 1 or into != b"0":
+                raise ValueError("the root's own operation is not the first")
+            self._keep_place(self._root, place)
+        elif op in (b"enter", b"meta"):
+            parent, name = self._parent(into), _component(quoted)
+            self._enter(number, parent[name], place if op == b"meta" else None)
+        elif op == b"remove":
+            _remove(self._parent(into), _component(quoted), extra == b"true")
+        elif op == b"dir":
+            parent, name, made = self._parent(into), _component(quoted), Tree()
+            if name in parent:
+                raise ValueError("it exists")
+            parent[name] = made
+            self._enter(number, made, place)
+        elif op == b"link":
+            self.leaf(into, quoted, self._file(extra) | LEAF_LINK)
+        else:
+            self.leaf(into, quoted, place << _SHIFT | _LEAF_OF_OP[op])
+
+    def leaf(self, into: bytes, quoted: bytes, node: int) -> None:
+        """Put something that is no directory into one."""
+        top, parent = self._stack[-1]
+        if into != top:
+            parent = self._parent(into)
+        name = quoted if _PLAIN_NAME.fullmatch(quoted) else _component(quoted)
+        if name in parent:
+            raise ValueError("it exists")
+        parent[name] = node
+
+    def _parent(self, into: bytes) -> Tree:
+        """Return the directory of an operation, which must be on the way to the last one entered."""
         while self._stack[-1][0] != into:
             self._stack.pop()
             if not self._stack:
                 raise ValueError("its directory is not on the way from the root")
-        parent = self._stack[-1][1]
-        if op == b"meta" and not name:
-            if number != 1 or into:
-                raise ValueError("the root's own operation is not the first")
-            self._keep_place(self._root, place)
-            return
-        if not 1 <= len(name) <= protocol.MAX_NAME_BYTES or b"/" in name or b"\0" in name or name in (b".", b".."):
-            raise ValueError("a name that is no component")
-        if op in (b"enter", b"meta"):
-            self._enter(number, parent[name], place if op == b"meta" else None)
-        elif op == b"remove":
-            _remove(parent, name, extra == b"true")
-        elif name in parent:
-            raise ValueError("it exists")
-        elif op == b"dir":
-            made: Tree = {}
-            parent[name] = made
-            self._enter(number, made, place)
-        elif op == b"link":
-            parent[name] = self._file(extra) | LEAF_LINK
-        else:
-            parent[name] = place << _SHIFT | _LEAF_OF_OP[op]
+        return self._stack[-1][1]
 
     def _enter(self, number: int, node: "int | Tree", place: int | None) -> None:
         if isinstance(node, int):
             raise TypeError("it is no directory")
-        self._stack.append((number, node))
+        self._stack.append((b"%d" % number, node))
         if place is not None:
             self._keep_place(node, place)
 
@@ -226,6 +243,14 @@ class _Replay:
         if not isinstance(node, int) or node & _KIND_MASK != LEAF_FILE:
             raise TypeError("the target is no file")
         return node
+
+
+def _component(quoted: bytes) -> bytes:
+    """Return a name that is one component. Raises ValueError for anything else."""
+    name = unquote(quoted)
+    if not 1 <= len(name) <= protocol.MAX_NAME_BYTES or b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise ValueError("a name that is no component")
+    return name
 
 
 def _remove(parent: Tree, name: bytes, is_directory: bool) -> None:

@@ -28,6 +28,7 @@ HARDLINK_METADATA_DROPPED: Final = rule("hardlink_metadata_dropped", "drop")
 MTIME_CLAMPED: Final = rule("mtime_clamped", "warn")
 
 _NS: Final = 1_000_000_000
+_new: Final = tuple.__new__  # see header.py
 _MAX_OCTAL_ID: Final = 0o7777777  # seven digits
 
 
@@ -94,7 +95,8 @@ class Judge:
         if kind in (CHAR, BLOCK, FIFO):
             self._special(kind, path, fields)
         number, offset = place
-        return Member(number, offset, kind, path, target, mode, uid, gid, mtime_ns, size, offset + BLOCK_BYTES, xattrs)
+        at = offset + BLOCK_BYTES
+        return _new(Member, (number, offset, kind, path, target, mode, uid, gid, mtime_ns, size, at, xattrs))
 
     def _target(self, kind: int, untrusted_target: bytes) -> bytes:
         if kind == SYMLINK:

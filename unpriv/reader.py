@@ -42,6 +42,7 @@ FILE_TOO_LARGE: Final = rule("file_too_large")
 _KINDS: Final = {
     b"0": FILE, b"\0": FILE, b"1": HARDLINK, b"2": SYMLINK, b"3": CHAR, b"4": BLOCK, b"5": DIRECTORY, b"6": FIFO,
 }  # fmt: skip
+_new: Final = tuple.__new__  # see header.py
 _MAX_OCTAL_SIZE: Final = 0o77777777777  # eleven digits: 8 GiB less one byte
 
 # What a stream begins with that is not a tar (file(1)); for the words of the refusal only, nothing is ever tried.
@@ -67,14 +68,9 @@ class Claim(NamedTuple):
     converts: bool  # its names can be converted to text; where not, libarchive warns
 
 
-class Job(NamedTuple):
-    """A piece of a file's data within one chunk, to be hashed."""
-
-    record: int  # under which its digest is kept
-    begin: int
-    end: int
-    first: bool
-    last: bool
+# A piece of a file's data within one chunk, to be hashed: the record under which its digest is kept, where it begins
+# and ends, whether it is the first and the last piece of its file.
+Job = tuple[int, int, int, bool, bool]
 
 
 class Reader:
@@ -275,7 +271,7 @@ class Reader:
             raise error.at(name, self.entries, offset) from None
         at = offset + BLOCK_BYTES
         converts = overrides is None or overrides.binary or overrides.names_are_text
-        self.claims.append(Claim(self._start, kind, name, target, size, at, converts))
+        self.claims.append(_new(Claim, (self._start, kind, name, target, size, at, converts)))
         self._start, self._extensions = -1, 0
         self._overrides = self._long_name = self._long_link = None
         self._expect(_DATA, size)
@@ -310,7 +306,7 @@ class Reader:
         taken = min(self._left, end - position)
         self._left -= taken
         if self._record >= 0:
-            jobs.append(Job(self._record, position, position + taken, self._fresh, self._left == 0))
+            jobs.append((self._record, position, position + taken, self._fresh, self._left == 0))
             self._fresh = False
         if self._left == 0:
             self._state = _PADDING if self._padding else _HEADER

@@ -29,12 +29,12 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     wrong: dict[str, Any] = {}
     seen: list[int] = []
 
-    def patched(*values: Any) -> Claim:
+    def patched(kind: type[tuple[Any, ...]], values: tuple[Any, ...]) -> Any:
         claim = Claim(*values)
         seen.append(1)
         return claim._replace(**wrong) if len(seen) == 2 else claim
 
-    monkeypatch.setattr(reader, "Claim", patched)
+    monkeypatch.setattr(reader, "_new", patched)
     yield wrong
 
 

@@ -211,8 +211,8 @@ def test_memory_is_bounded_by_a_refusal(tmp_path: Path) -> None:
     tight = (
         "import os\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGESIZE')\n"
-        "rlimits = c._rlimits\n"
-        "c._rlimits = lambda *b: rlimits(*b) | {'as': size + (8 << 20)}"
+        "rlimits = c.rlimits\n"
+        "c.rlimits = lambda *b: rlimits(*b) | {'as': size + (8 << 20)}"
     )
     path = blob(tmp_path, tar(*(member(b"%050d" % n) for n in range(100_000))))
     assert run_program(path).code == 0
@@ -235,8 +235,8 @@ def test_cpu_time_has_a_second_limit_in_the_kernel(tmp_path: Path) -> None:
     forever = (
         "import collections, itertools\n"
         "c.pipeline.verdict = lambda *b: collections.deque(itertools.count(), 0)\n"
-        "rlimits = c._rlimits\n"
-        "c._rlimits = lambda *b: rlimits(*b) | {'cpu': 1}"
+        "rlimits = c.rlimits\n"
+        "c.rlimits = lambda *b: rlimits(*b) | {'cpu': 1}"
     )
     ran = run_program(blob(tmp_path, HONEST), command=armed(forever))
     assert ran.code in (-signal.SIGXCPU, -signal.SIGKILL)
