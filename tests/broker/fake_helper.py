@@ -139,7 +139,10 @@ class FakeHelper:
         greeted = False
         with sock:
             while True:
-                data, ancillary, _, _ = await sock.recvmsg(protocol.MAX_MESSAGE, socket.CMSG_SPACE(8))
+                try:
+                    data, ancillary, _, _ = await sock.recvmsg(protocol.MAX_MESSAGE, socket.CMSG_SPACE(8))
+                except OSError:
+                    return  # the client was killed with an answer unread
                 descriptors = [fd for _, _, raw in ancillary for fd in array.array("i", raw)]
                 try:
                     if not data:
@@ -150,7 +153,7 @@ class FakeHelper:
                     self.requests.append(request)
                     for reply in self.answer(request, descriptors):
                         await sock.send(json.dumps(reply).encode())
-                except HangUpError:
+                except (HangUpError, OSError):
                     return
                 finally:
                     for descriptor in descriptors:
