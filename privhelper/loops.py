@@ -23,6 +23,7 @@ _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 0x01, 0x02, 0x04, 0x10, 0
 _CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64 (232 bytes), 64 bytes reserved
 _FLAGS_AT: Final = 8 + 52  # lo_flags in struct loop_info64
 _STATUS_BYTES: Final = 232
+_VANISHED: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)  # not bound; being removed; removed
 
 
 def attach(backing: int, *, read_only: bool, autoclear: bool = True) -> tuple[int, str]:
@@ -56,18 +57,28 @@ def backing_names() -> dict[str, str]:
             try:
                 with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
                     found[f"/dev/{name}"] = file.read().rstrip("\n")
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # not bound
+            except OSError as error:
+                if error.errno not in (*_VANISHED, errno.ENOTDIR):
+                    raise
+                continue  # not bound, or gone while we looked
     return found
 
 
 def backing_inode(path: str) -> tuple[int, int] | None:
-    """Return st_dev and st_ino of the file behind a loop device; None when there is none."""
-    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Return st_dev and st_ino of the file behind a loop device; None when there is none, or no such device any more.
+
+    Other programs take their devices away while we look at all of them.
+    """
+    try:
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in _VANISHED:
+            return None
+        raise
     try:
         status = fcntl.ioctl(device, _GET_STATUS, bytes(_STATUS_BYTES))
     except OSError as error:
-        if error.errno == errno.ENXIO:
+        if error.errno in _VANISHED:
             return None
         raise
     finally:
@@ -100,7 +111,12 @@ def detach(path: str, wait_s: float) -> None:
         OSError: EBUSY, somebody kept it open for ``wait_s``; the kernel unbinds it when the last of them lets go.
     """
     _take_back(path)
-    device = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        device = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in _VANISHED:
+            return  # its user unbound it and the kernel removed it meanwhile
+        raise
     try:
         fcntl.ioctl(device, _CLEAR)
     except OSError as error:

@@ -3,8 +3,11 @@
 Rule 1: everything the manifest says about an entry is compared: kind, mode, owner, times, attributes, content.
 Rule 2: nothing is mended. The first difference ends the walk.
 
-Limit: each operation is compared with how things stand in the end. A manifest that undoes an operation of its own is
-applied as it says and never verifies; the checker makes none.
+Each operation is compared with how things stand in the end. A directory that was entered only to be emptied and removed
+is not there any more: that is right if, and only if, the manifest goes on to remove it.
+
+Limit: a manifest that makes something and removes it again is applied as it says and never verifies; the checker makes
+none.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ from privhelper.populate import Tell, Walk
 
 _CHUNK_BYTES: Final = 1 << 17
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_GONE: Final = -1  # stands where the descriptor of a directory would, which the manifest goes on to remove
 _KINDS: Final = {"file": stat.S_IFREG, "dir": stat.S_IFDIR, "meta": stat.S_IFDIR, "fifo": stat.S_IFIFO}
 
 
@@ -28,17 +32,48 @@ class Reader(Walk):
     def __init__(self, root: int, settings: Mapping[str, Any], tell: Tell) -> None:
         super().__init__(root, settings["limits"], tell)
         self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        self._to_be_removed: set[tuple[int, bytes]] = set()
         self.handlers = {
             "enter": self._enter, "remove": self._pass, "dir": self._dir, "meta": self._dir, "file": self._file,
             "symlink": self._symlink, "link": self._link, "fifo": self._fifo,
         }  # fmt: skip
 
+    def into(self, operation: Operation) -> int:
+        """Leave directories until the one that the operation names; in one that is gone, things can only go."""
+        parent = super().into(operation)
+        _must(parent != _GONE or operation.kind in ("enter", "remove"), "lies in a directory that is not there")
+        return parent
+
+    def leave(self) -> None:
+        """Step out; there is nothing to close of a directory that is gone."""
+        if self._descriptors[-1] != _GONE:
+            super().leave()
+            return
+        for level in (self._numbers, self._descriptors, self._path_bytes, self._modes, self._times):
+            level.pop()
+
+    def finish(self) -> None:
+        """Step out of everything; whatever was to be removed must have been."""
+        super().finish()
+        _must(not self._to_be_removed, "enters a directory that is not there and that it does not remove")
+
     def _pass(self, operation: Operation, entry: int) -> None:
         """Do nothing: what was removed may have been made anew by a later operation, which is compared itself."""
         self.into(operation)
+        if operation.is_directory:
+            self._to_be_removed.discard((operation.into, operation.name))
 
     def _enter(self, operation: Operation, entry: int) -> None:
-        self.enter(self.into(operation), operation, entry)
+        parent = self.into(operation)
+        if parent != _GONE and _is_directory(parent, operation.name):
+            self.enter(parent, operation, entry)
+            return
+        self._to_be_removed.add((operation.into, operation.name))
+        self._numbers.append(entry)
+        self._descriptors.append(_GONE)
+        self._path_bytes.append(self._path_bytes[-1] + len(operation.name) + 1)
+        self._modes.append(0)
+        self._times.append((0, 0))
 
     def _dir(self, operation: Operation, entry: int) -> None:
         parent = self.into(operation)
@@ -80,6 +115,13 @@ class Reader(Walk):
 
     def _fifo(self, operation: Operation, entry: int) -> None:
         _compare(operation, os.stat(operation.name, dir_fd=self.into(operation), follow_symlinks=False))
+
+
+def _is_directory(parent: int, name: bytes) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _must(holds: bool, difference: str) -> None:
