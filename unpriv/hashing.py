@@ -4,8 +4,8 @@ Rule 1: a buffer is filled again only when all its pieces have been hashed; and 
 two that it filled, for there are more buffers than that and they come back in order.
 Rule 2: the thread is started before the sandbox closes, for none can be started after.
 
-hashlib gives up the interpreter's lock for pieces above 2 KiB; below that the reading thread hashes them itself, for
-handing over would cost more.
+hashlib gives up the interpreter's lock for pieces above 2 KiB, so both threads work at once. Files below SMALL_BYTES
+are hashed by the reading thread itself, for handing over would cost more.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from unpriv.reader import Job
 
 CHUNK_BYTES: Final = 1 << 20
 _BUFFERS: Final = 6
-SMALL_BYTES: Final = 16 << 10
+SMALL_BYTES: Final = 8 << 10
 _STACK_BYTES: Final = 256 << 10
 
 Keep = Callable[[int, bytes], None]

@@ -25,6 +25,7 @@ LEAF_LINK: Final = 4  # made by a `link` operation; its place is that of the fil
 _KIND_MASK: Final = 3
 _SHIFT: Final = 3
 _LAYER_SHIFT: Final = 40
+MAX_DEPTH: Final = min(protocol.MAX_DEPTH, 256)  # as in limits.py: trees are walked by recursion
 PLACE: Final = b""  # the key under which a directory keeps its own place; no name is empty
 
 Tree = dict[bytes, Union[int, "Tree"]]
@@ -224,6 +225,8 @@ class _Replay:
     def _enter(self, number: int, node: "int | Tree", place: int | None) -> None:
         if isinstance(node, int):
             raise TypeError("it is no directory")
+        if len(self._stack) > MAX_DEPTH:
+            raise ValueError("too deep")
         self._stack.append((b"%d" % number, node))
         if place is not None:
             self._keep_place(node, place)

@@ -10,6 +10,7 @@ import pytest
 from privhelper import protocol
 from tests.unpriv.checking import check
 from tests.unpriv.tarbytes import directory, hardlink, member, pax, symlink, tar
+from unpriv import listing
 from unpriv.blob import MemoryBlob
 from unpriv.lower import Lower
 from unpriv.rulebook import RejectedError
@@ -93,7 +94,12 @@ DIR = line(op="dir", name="d", **{"in": 0}, **META)
 FILE = line(op="file", name="f", at=0, size=0, sha256="0" * 64, **{"in": 0}, **META)
 
 
+def nested(depth: int) -> bytes:
+    return made(*(line(op="dir", name="d", **{"in": level}, **META) for level in range(depth)))
+
+
 BAD = {
+    "too_deep": nested(257),
     "empty": b"",
     "no_first_line": DIR,
     "another_format": made().replace(b"layer/1", b"layer/2"),
@@ -152,6 +158,11 @@ def test_good_operations_of_the_same_kinds() -> None:
         line(op="remove", name="d", dir=True, **{"in": 0}),
     )
     assert {name for name in replay(good).root if name} == {b"h"}
+
+
+def test_the_deepest_tree_can_be_listed_and_removed() -> None:
+    lower = replay(nested(256))
+    assert len(list(listing.rows(lower))) == 256
 
 
 def test_order_of_layers_matters() -> None:
