@@ -19,7 +19,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format helper install-helper vm fuzz bench soak lock clean
+.PHONY: help setup demo test lint format helper install-helper vm fuzz bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -62,9 +62,6 @@ fuzz: setup  ## fuzz the parsers; FUZZ_SECONDS a harness
 
 bench: setup  ## measure against GNU tar, curl and the floor of this machine
 	$(AS_ROOT) $(PYTHON) -m tests.bench
-
-soak: setup  ## pull, kill and remove for hours; SOAK_MINUTES
-	$(AS_ROOT) $(PYTHON) -m tests.soak
 
 lock: ## choose the newest versions that pyproject.toml allows: constraints.txt
 	tests/setup/apt.sh python3 python3-venv ca-certificates
