@@ -10,7 +10,7 @@ from privhelper.protocol import MAX_MTIME_NS
 from unpriv import rules
 from unpriv.findings import Findings
 from unpriv.header import BLOCK_BYTES, Header
-from unpriv.limits import Limits
+from unpriv.limits import MAX_ID, Limits
 from unpriv.pax import Overrides
 from unpriv.rulebook import RejectedError, rule
 from unpriv.rules import BLOCK, CHAR, DIRECTORY, FIFO, HARDLINK, SYMLINK
@@ -77,7 +77,7 @@ class Judge:
             raise RejectedError(ROOT_NOT_DIRECTORY, f"the root as a {rules.TYPE_NAMES[kind]}")
         if kind not in (DIRECTORY, SYMLINK) and untrusted_name[-1:] == b"/":
             raise RejectedError(TRAILING_SLASH, f"a {rules.TYPE_NAMES[kind]} whose name ends with a slash")
-        target = self._target(kind, untrusted_target)
+        target = self._target(kind, untrusted_target) if untrusted_target or kind in (SYMLINK, HARDLINK) else b""
         mode = rules.checked_mode(fields.mode, kind)
         uid, gid, mtime_ns = fields.uid, fields.gid, fields.mtime * _NS
         xattrs: dict[bytes, bytes] = {}
@@ -88,8 +88,9 @@ class Judge:
             self._findings.dropped.update(overrides.dropped)
             if overrides.xattrs:
                 xattrs = self._xattrs(overrides.xattrs, kind)
-        rules.id_out_of_range(uid, "uid")
-        rules.id_out_of_range(gid, "gid")
+        if uid > MAX_ID or gid > MAX_ID:
+            rules.id_out_of_range(uid, "uid")
+            rules.id_out_of_range(gid, "gid")
         if not 0 <= mtime_ns <= MAX_MTIME_NS:
             mtime_ns = self._clamp(mtime_ns, path, place)
         if kind in (CHAR, BLOCK, FIFO):

@@ -84,6 +84,8 @@ class Reader:
         self.entries = 0
         self.claims: deque[Claim] = deque()  # one a member, until the other reader has come to it
         self._limits = limits
+        self._max_entries = limits.archive.entries
+        self._max_file_bytes = limits.archive.file_bytes
         self._findings = findings
         self._sink = sink
         self._judge = Judge(limits, findings)
@@ -252,8 +254,8 @@ class Reader:
     def _begin_member(self, fields: Header, offset: int) -> None:
         """Read a member's own header: first what frames it, then what it means."""
         self.entries += 1
-        if self.entries > self._limits.archive.entries:
-            raise RejectedError(ENTRIES_TOO_MANY, f"more than {self._limits.archive.entries} members")
+        if self.entries > self._max_entries:
+            raise RejectedError(ENTRIES_TOO_MANY, f"more than {self._max_entries} members")
         overrides, long_name, long_link = self._overrides, self._long_name, self._long_link
         name, target = long_name or fields.name, long_link or fields.linkname
         if overrides is not None:
@@ -296,8 +298,8 @@ class Reader:
             raise RejectedError(header.NUMBER_MALFORMED, "size is blank")
         if size and kind != FILE:
             raise RejectedError(SIZE_ON_BODYLESS, f"{size} bytes of data on a {rules.TYPE_NAMES[kind]}")
-        if size > self._limits.archive.file_bytes:
-            raise RejectedError(FILE_TOO_LARGE, f"{size} bytes, limit {self._limits.archive.file_bytes}")
+        if size > self._max_file_bytes:
+            raise RejectedError(FILE_TOO_LARGE, f"{size} bytes, limit {self._max_file_bytes}")
         return size
 
     # ---------------------------------------------------------------- data
@@ -308,9 +310,13 @@ class Reader:
         if self._record >= 0:
             jobs.append((self._record, position, position + taken, self._fresh, self._left == 0))
             self._fresh = False
+        position += taken
         if self._left == 0:
+            if position + self._padding <= end:  # nearly always: no need to come back for it
+                position += self._padding
+                self._padding = 0
             self._state = _PADDING if self._padding else _HEADER
-        return position + taken
+        return position
 
 
 def _long(body: bytes) -> bytes:

@@ -83,7 +83,7 @@ class Layer:
         self.content_bytes = 0
         self._records = bytearray()
         self._count = 0
-        self._limits = limits
+        self._max_names_bytes = limits.archive.names_bytes
         self._names_bytes = 0
         self._last_path = b""
         self._last = self.root
@@ -114,8 +114,8 @@ class Layer:
         """
         path = member.path
         self._names_bytes += len(path) + len(member.target)
-        if self._names_bytes > self._limits.archive.names_bytes:
-            raise RejectedError(NAMES_TOO_LARGE, f"more than {self._limits.archive.names_bytes} bytes of names")
+        if self._names_bytes > self._max_names_bytes:
+            raise RejectedError(NAMES_TOO_LARGE, f"more than {self._max_names_bytes} bytes of names")
         if not path:
             self.root.record = self._keep(member)
             return -1
