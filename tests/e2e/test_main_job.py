@@ -170,7 +170,8 @@ def test_memory_of_every_process_stays_small(user: User, bucket: Bucket, tmp_pat
                 if line.startswith("VmHWM:"):
                     peaks[word] = max(peaks.get(word, 0), int(line.split()[1]))
         time.sleep(0.02)
-    assert process.returncode == 0, process.communicate()[1]
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
     print("\npeak memory in MiB: " + json.dumps({name: peak >> 10 for name, peak in sorted(peaks.items())}))
     assert set(peaks) == {"broker", "helper", "unpriv.check", "unpriv.fetch"}
     assert max(peaks.values()) < 150 << 10
