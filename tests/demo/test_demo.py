@@ -21,7 +21,8 @@ from tests.demo.processes import Watcher
 from tests.demo.stage import FOLDER, HELPER, LOCK, USER
 from tests.support.helper import ROOT, SOCKETS, loops_below, mounts_below
 
-DEMO = (sys.executable, "-m", "tests.demo")
+# A shell starts what runs in its background with SIGINT ignored, and children inherit that (bash(1), "SIGNALS").
+DEMO = ("env", "--default-signal=INT,TERM", sys.executable, "-m", "tests.demo")
 
 
 @contextmanager
