@@ -7,13 +7,13 @@ import contextlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.vm import rootfs as rootfs_builder
-from tests.vm.machine import Disk, Machine, blank, choose_accelerator, overlay, temporary_directory
+from tests.vm.machine import Disk, Machine, MachineError, blank, choose_accelerator, overlay, temporary_directory
 from tests.vm.rootfs import Rootfs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,11 +47,31 @@ def booted_machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
         ]
         root = overlay(rootfs.image, directory / "root.qcow2")
         with Machine(rootfs.kernel, root, disks, accelerator) as booted:
-            booted.wait_until_up()
-            bring_source(booted)
-            mount = "mkfs.ext4 -q -E nodiscard $disk; mkdir -p /scratch; mount $disk /scratch"
-            booted.sh(f"disk=/dev/disk/by-id/virtio-scratch; {mount}")
+            prepare(booted)
             yield booted
+
+
+def prepare(machine: Machine) -> None:
+    """Make a booted machine what tests expect; the disks may have been used."""
+    machine.wait_until_up()
+    bring_source(machine)
+    disks = "for disk in meta data; do dd if=/dev/zero of=/dev/disk/by-id/virtio-$disk bs=1M count=8 status=none; done"
+    mount = "mkfs.ext4 -q -F -E nodiscard $disk; mkdir -p /scratch; mount $disk /scratch"
+    machine.sh(f"{disks}; disk=/dev/disk/by-id/virtio-scratch; {mount}")
+
+
+def run_case(machine: Machine, program: str, case: str, environment: Mapping[str, str], timeout_s: float) -> str:
+    """Run one case of a program in guest/; after a failure boot anew, so that its mess fails no other case."""
+    path, environment = f"/src/tests/vm/guest/{program}", {"PYTHONPATH": "/src", **environment}
+    try:
+        result = machine.run("python3", path, case, environment=environment, timeout_s=timeout_s)
+        assert "blocked for more than" not in machine.sh("dmesg").out, "a process hung in the kernel"
+    except (MachineError, AssertionError):
+        machine.kill()
+        machine.boot()
+        prepare(machine)
+        raise
+    return result.out
 
 
 def bring_source(machine: Machine) -> None:

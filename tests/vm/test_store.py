@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.conftest import run_case
 from tests.vm.machine import Machine
 
 pytestmark = pytest.mark.vm
@@ -19,8 +20,4 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=[name.removeprefix("case_") for name in CASES])
 def test_store(machine: Machine, case: str) -> None:
-    result = machine.run(
-        "python3", "/src/tests/vm/guest/store_cases.py", case, environment={"PYTHONPATH": "/src"}, timeout_s=120
-    )
-    print(result.out)
-    assert "blocked for more than" not in machine.sh("dmesg").out, "a process hung in the kernel"
+    print(run_case(machine, SOURCE.name, case, {}, timeout_s=120))

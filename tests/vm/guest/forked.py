@@ -34,7 +34,7 @@ class ForkedHelper(Helper):
         for fd in (log, go):
             os.close(fd)
         theirs.close()
-        self.sock.settimeout(60)
+        self.sock.settimeout(30)
         self.tracer = self._attach(strace) if strace else None
         os.close(going)
 
@@ -68,8 +68,7 @@ class ForkedHelper(Helper):
         self.sock.close()
         _, status = os.waitpid(self.pid, 0)
         os.close(self.log_read)
-        if self.tracer:
-            self.tracer.wait(60)
+        self._end_tracer()
         deadline_s = time.monotonic() + 10
         with contextlib.suppress(ProcessLookupError):
             while True:
@@ -77,3 +76,11 @@ class ForkedHelper(Helper):
                 assert time.monotonic() < deadline_s, "a child of the helper stays"
                 time.sleep(0.005)
         return os.waitstatus_to_exitcode(status)
+
+    def _end_tracer(self) -> None:
+        """Wait for strace; while it stays, a process that it traces lives on, and the check after this one says so."""
+        if self.tracer:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.tracer.wait(10)
+            self.tracer.kill()
+            self.tracer.wait()
