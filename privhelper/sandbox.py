@@ -97,6 +97,8 @@ def start(policy: Policy, role: str, mount: int, inputs: Sequence[int], work: Wo
     pid = os.fork()
     if pid == 0:
         try:
+            os.close(go)  # else it would wait on itself for ever when the helper dies before it says go
+            os.close(results)
             _run(policy, role, mount, inputs, tell, wait, work)
         finally:
             os._exit(70)  # EX_SOFTWARE: _run ends by itself
