@@ -263,7 +263,7 @@ def test_room_that_a_running_commit_reserved_is_not_given_twice(installation: In
     first, second = Layer(), Layer()
     for layer, name in ((first, "one"), (second, "two")):
         layer.directory(0, "", op="meta")
-        layer.file(0, name, os.urandom(1 << 20) * 64)
+        layer.file(0, name, os.urandom(1 << 20) * 256)
         layer.content += 2 << 30  # announced, so reserved; the totals are found wrong only at the end
     with installation.connect() as one, installation.connect() as two:
         file = memfd(first.manifest())
