@@ -14,6 +14,7 @@ import os
 import resource
 import stat
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -55,6 +56,7 @@ _RLIMITS: Final = {
     "nproc": resource.RLIMIT_NPROC,
     "stack": resource.RLIMIT_STACK,
 }
+_THREAD_END_S: Final = 2.0
 _ALWAYS: Final = {"core": 0, "memlock": 0, "msgqueue": 0}
 
 
@@ -109,7 +111,10 @@ def lock(
 
 
 def _expect_one_thread() -> None:
-    threads = len(os.listdir("/proc/self/task"))
+    """Demand that this thread is alone. One that was joined is still there for the moment that the kernel takes."""
+    end_s = time.monotonic() + _THREAD_END_S
+    while (threads := len(os.listdir("/proc/self/task"))) != 1 and time.monotonic() < end_s:
+        time.sleep(0.0005)
     if threads != 1:
         raise SandboxError(f"{threads} threads run already; Landlock would bind only one of them")
 
