@@ -198,7 +198,7 @@ def test_a_crash_of_the_machine_in_the_middle_of_a_commit_leaves_only_what_was_s
     kept = commit(host, "before")
     known = layers(host)
     host.sh("sync")
-    spec = json.dumps({"tag": "lost", "parent": kept, "files": 60, "bytes": MIB})
+    spec = json.dumps({"tag": "lost", "parent": kept, "files": 120, "bytes": MIB})
     host.begin(["python3", "/src/tests/vm/guest/client.py", "commit", spec], user="alice",
                environment={"PYTHONPATH": "/src"})  # fmt: skip
     host.sh(WHEN_A_COMMIT_WRITES)
