@@ -5,6 +5,7 @@ Rule 2: nothing here decides; which call, which flags and which names is the bus
 """
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -139,8 +140,10 @@ def keep_capabilities(names: Iterable[str]) -> None:
     for number in range(64):
         try:
             held = _prctl(_PR_CAPBSET_READ, number)
-        except OSError:
-            break  # EINVAL: past the last capability of this kernel
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break  # past the last capability of this kernel
         if held and not mask >> number & 1:
             _prctl(_PR_CAPBSET_DROP, number)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)

@@ -23,6 +23,7 @@ _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 0x01, 0x02, 0x04, 0x10, 0
 _CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64 (232 bytes), 64 bytes reserved
 _FLAGS_AT: Final = 8 + 52  # lo_flags in struct loop_info64
 _STATUS_BYTES: Final = 232
+_DISCARD_S: Final = 0.2
 _VANISHED: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)  # not bound; being removed; removed
 
 
@@ -133,12 +134,18 @@ def detach(path: str, wait_s: float) -> None:
 
 
 def discard(path: str) -> None:
-    """Remove an unbound device; one that somebody opened again (udev, its former owner) stays and is not used again."""
-    try:
-        _control(_REMOVE, int(path.removeprefix("/dev/loop")))
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.ENODEV):
-            raise
+    """Remove an unbound device. One that somebody keeps open (its former owner) stays and is not used again."""
+    deadline = time.monotonic() + _DISCARD_S
+    while True:
+        try:
+            _control(_REMOVE, int(path.removeprefix("/dev/loop")))
+        except OSError as error:
+            if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                time.sleep(0.005)  # another helper looks at all devices, or udev does
+                continue
+            if error.errno not in (errno.EBUSY, errno.ENODEV):
+                raise
+        return
 
 
 def _control(command: int, number: int) -> int:

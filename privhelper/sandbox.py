@@ -64,14 +64,14 @@ class Child:
 
         It is killed when asked to, or when it has closed its pipe and lives on.
         """
-        os.close(self.results)
         handle = os.pidfd_open(self.pid)
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         if kill or not poll.poll(_END_MS):
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet: the number is still its own
-        os.close(handle)
         status = os.waitpid(self.pid, 0)[1]
+        os.close(handle)
+        os.close(self.results)
         if os.WIFSIGNALED(status):
             return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
         return f"exit status {os.WEXITSTATUS(status)}" if status else ""
@@ -102,10 +102,10 @@ def start(policy: Policy, role: str, mount: int, inputs: Sequence[int], work: Wo
             _run(policy, role, mount, inputs, tell, wait, work)
         finally:
             os._exit(70)  # EX_SOFTWARE: _run ends by itself
-    os.close(tell)
-    os.close(wait)
     child = Child(pid, results)
     try:
+        os.close(tell)
+        os.close(wait)
         if os.read(results, 3) == b"up\n":  # else the child is gone; its end tells why
             _map_ids(pid, mount, policy.settings["populate"])
             os.write(go, b"!")
