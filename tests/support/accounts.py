@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Final
 PREFIX: Final = "imgpull-"  # no account without it is ever removed
 TEST_PREFIX: Final = f"{PREFIX}t"
 PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+GONE_S: Final = 30.0  # a killed process is gone within this, whatever the machine has to do
 TERMINAL: Final = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "TZ")
 
 
@@ -115,15 +117,25 @@ def _remove(name: str) -> None:
     if not name.startswith(PREFIX):
         raise ValueError(f"{name}: the name of an account of ours begins with {PREFIX}")
     with contextlib.suppress(KeyError):
-        for process in _processes_of(pwd.getpwnam(name).pw_uid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _end_processes_of(pwd.getpwnam(name).pw_uid)
         _run("userdel", name)
     shutil.rmtree(_home(name), ignore_errors=True)
 
 
 def _home(name: str) -> Path:
     return Path(f"/var/tmp/home-of-{name}")  # a name that nothing else is called by: it is removed as a whole
+
+
+def _end_processes_of(uid: int) -> None:
+    """Kill the processes of a user and wait until they are gone: userdel refuses while there is one, even a dying one."""
+    give_up_s = time.monotonic() + GONE_S
+    while processes := _processes_of(uid):
+        if time.monotonic() > give_up_s:
+            raise TimeoutError(f"processes of user {uid} do not end: {processes}")
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def _processes_of(uid: int) -> list[int]:
