@@ -32,7 +32,7 @@ demo: setup  ## pull real images from a real S3 server, as an ordinary user
 	@$(AS_ROOT) $(PYTHON) -m tests.demo
 
 test: setup lint  ## lint, types, all tests; PYTEST_ARGS="-k name" for a part
-	$(AS_ROOT) $(PYTHON) -m pytest $(if $(AS_ROOT),-p no:cacheprovider) $(PYTEST_ARGS)
+	$(AS_ROOT) tests/run.sh $(PYTHON) $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy --strict
 	$(PYTHON) -m ruff format --check $(SOURCES)
