@@ -127,7 +127,7 @@ def _home(name: str) -> Path:
 
 
 def _end_processes_of(uid: int) -> None:
-    """Kill the processes of a user and wait until they are gone: userdel refuses while there is one, even a dying one."""
+    """Kill the processes of a user and wait until they are gone: userdel refuses while one is dying."""
     give_up_s = time.monotonic() + GONE_S
     while processes := _processes_of(uid):
         if time.monotonic() > give_up_s:
