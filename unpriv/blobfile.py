@@ -30,6 +30,7 @@ HEADER: Final = struct.Struct("<16s32sQQ32s")  # magic, identity, size, cell, di
 MAGIC: Final = b"imgpull map v1\n\0"
 CELL: Final = struct.Struct("<II")  # 1 when complete, CRC-32
 READ_BYTES: Final = 1 << 20
+OPEN_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -53,6 +54,21 @@ def translated(doing: str) -> Iterator[None]:
         raise FetchError(code, f"cannot {doing}: {error.strerror}") from error
 
 
+@contextmanager
+def closing_fd(fd: int) -> Iterator[None]:
+    """Close a descriptor at the end of the block."""
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _missing_bytes(data_fd: int) -> int:
+    """Return how many bytes of a partial blob are not allocated yet; it has its full length from the start."""
+    found = os.fstat(data_fd)
+    return max(0, found.st_size - found.st_blocks * 512)
+
+
 @dataclass(slots=True)
 class BlobDir:
     """The blob directory, by descriptors: no path is resolved after it is opened."""
@@ -68,7 +84,7 @@ class BlobDir:
             for name in ("partial", "sha256"):
                 with suppress(FileExistsError):
                     os.mkdir(f"{path}/{name}", 0o700)
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDONLY | os.O_DIRECTORY | OPEN_FLAGS
             return cls(os.open(f"{path}/partial", flags), os.open(f"{path}/sha256", flags))
 
     def published(self, digest: str, size_bytes: int) -> bool:
@@ -98,10 +114,33 @@ class BlobDir:
                     raise
                 os.close(map_fd)  # its last owner published or dropped it meanwhile
 
+    def promised_bytes(self) -> int:
+        """Return the bytes that all blobs on their way, of any process, are still going to allocate."""
+        promised_bytes = 0
+        for name in os.listdir(self.partial_fd):
+            if name.endswith(".map") and self._is_locked(name):
+                with suppress(FileNotFoundError):  # published or dropped this instant
+                    data_fd = os.open(f"{name[:-4]}.data", os.O_RDONLY | OPEN_FLAGS, dir_fd=self.partial_fd)
+                    with closing_fd(data_fd):
+                        promised_bytes += _missing_bytes(data_fd)
+        return promised_bytes
+
+    def _is_locked(self, name: str) -> bool:
+        """Tell whether a process, this one included, works on the blob of a map."""
+        try:
+            map_fd = os.open(name, os.O_RDONLY | OPEN_FLAGS, dir_fd=self.partial_fd)
+        except FileNotFoundError:
+            return False
+        with closing_fd(map_fd):
+            try:
+                fcntl.flock(map_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
     def _open(self, name: str) -> int:
         """Open a file of the partial folder, making it if missing."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self.partial_fd)
+        return os.open(name, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600, dir_fd=self.partial_fd)
 
 
 def _is_linked(fd: int, name: str, dir_fd: int) -> bool:
@@ -137,7 +176,7 @@ class Partial:
     def resume(self) -> dict[int, int]:
         """Make the files fit the pin; return the cells that the map calls complete, with their CRC-32.
 
-        They are to be believed only after ``crc_of`` agrees.
+        They are to be believed only after ``crc_of`` agrees. Raises: FetchError, `no_space` if the rest does not fit.
         """
         with translated("read a partial blob"):
             want = HEADER.pack(MAGIC, bytes.fromhex(self.name), self.pin.size, self.grid.cell_bytes, bytes(32))
@@ -149,25 +188,24 @@ class Partial:
             os.pwrite(self.map_fd, bytes(32), HEADER.size - 32)
             os.ftruncate(self.map_fd, HEADER.size + table_bytes)
             os.ftruncate(self.data_fd, self.pin.size)
+            self._check_room()
             table = os.pread(self.map_fd, table_bytes, HEADER.size)
             return {cell: crc for cell, (done, crc) in enumerate(CELL.iter_unpack(table)) if done == 1}
 
-    def check_room(self, others_bytes: int) -> int:
-        """Return the bytes still to be allocated. Raises: FetchError `no_space` if they do not fit.
+    def _check_room(self) -> None:
+        """Check that the bytes still to come fit beside those of all other blobs on their way, of any process.
 
-        `others_bytes`: what other blobs of this process are still going to write.
+        Raises: FetchError `no_space`.
         """
-        with translated("ask for free space"):
-            held_bytes = os.fstat(self.data_fd).st_blocks * 512
-            space = os.fstatvfs(self.data_fd)
-        missing_bytes = max(0, self.pin.size - held_bytes)
+        missing_bytes = _missing_bytes(self.data_fd)
+        others_bytes = self.blobs.promised_bytes() - missing_bytes
+        space = os.fstatvfs(self.data_fd)
         free_bytes = space.f_bavail * space.f_frsize
         if missing_bytes + others_bytes > free_bytes:
             raise FetchError(
                 "no_space",
                 f"the blob needs {missing_bytes} more bytes (and others {others_bytes}), {free_bytes} are free",
             )
-        return missing_bytes
 
     def write(self, data: bytes, offset: int) -> None:
         """Write bytes in place. Raises: FetchError."""

@@ -14,7 +14,19 @@ from typing import Final, TypeVar
 
 import trio
 
-from broker.protocol import Fetch, Fetched, FetchFailed, FetchProgress, FetchReport, Head, Hello, List, Notice, Pins
+from broker.protocol import (
+    Fetch,
+    Fetched,
+    FetchFailed,
+    FetchProgress,
+    FetchReport,
+    Head,
+    Hello,
+    List,
+    Notice,
+    Pin,
+    Pins,
+)
 from unpriv import blobfile, s3
 from unpriv.blobfile import BlobDir, Partial
 from unpriv.failures import FetchError, ungrouped
@@ -36,7 +48,6 @@ class Job:
     order: int
     partial: Partial
     ends_at_s: float
-    missing_bytes: int = 0
     transferred: int = 0
     done: set[int] = field(default_factory=set)  # cells that are all there
     done_bytes: int = 0  # of these
@@ -98,7 +109,27 @@ class Fetcher:
             pin = await self._control(request.id, bind(self.client.head, request.bucket, request.key))
             return Pins(id=request.id, pins=[pin])
         pins = await self._control(request.id, bind(self.client.list, request.bucket, request.prefix))
-        return Pins(id=request.id, pins=pins)
+        return Pins(id=request.id, pins=await self._with_versions(request.id, pins))
+
+    async def _with_versions(self, request_id: int, pins: list[Pin]) -> list[Pin]:
+        """Return the pins of a listing with their versions, which a listing does not tell. Raises: FetchError.
+
+        The first object tells whether its bucket keeps versions at all.
+        """
+        if not pins:
+            return pins
+        found = dict(enumerate(pins))
+
+        async def head(number: int) -> None:
+            ask = bind(self.client.head, pins[number].bucket, pins[number].key)
+            found[number] = await self._control(request_id, ask)
+
+        await head(0)
+        if found[0].version:
+            async with trio.open_nursery() as nursery:
+                for number in range(1, len(pins)):
+                    nursery.start_soon(head, number)
+        return list(found.values())
 
     async def _control(self, request_id: int, ask: Callable[[], T]) -> T:
         """Ask S3 something small in a thread, again after a passing failure. Raises: FetchError."""
@@ -182,8 +213,6 @@ class Fetcher:
     async def _resume(self, job: Job) -> None:
         """Take over what an earlier run left, cell by cell as far as its checksum agrees. Raises: FetchError."""
         claimed = job.partial.resume()
-        others_bytes = sum(other.missing_bytes for other in self.jobs.values() if other is not job)
-        job.missing_bytes = job.partial.check_room(others_bytes)
         for cell, crc in claimed.items():
             found = await trio.to_thread.run_sync(job.partial.crc_of, cell, limiter=self.hash_threads)
             if found == crc:

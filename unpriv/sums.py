@@ -5,12 +5,23 @@ Rule 1: the sha256 is computed from the file, in order, after a cell was written
 
 import base64
 import zlib
+from collections.abc import Callable
 from hashlib import sha256
+from typing import Final
+
+from awscrt import checksums
 
 from broker.protocol import Fetch
 from unpriv.blobfile import Partial
 from unpriv.failures import FetchError
 from unpriv.s3 import Checksum
+
+Crc = Callable[[memoryview, int], int]  # of more bytes, and the result so far
+CRCS: Final[dict[str, tuple[Crc, int]]] = {  # and how many bytes its result has
+    "crc32": (zlib.crc32, 4),
+    "crc32c": (checksums.crc32c, 4),
+    "crc64nvme": (checksums.crc64nvme, 8),
+}
 
 
 class Sums:
@@ -19,14 +30,15 @@ class Sums:
     def __init__(self, stored: Checksum | None) -> None:
         self._sha256 = sha256()
         self._stored = stored
-        self._crc32 = 0
+        self._crc = CRCS.get(stored.algorithm) if stored else None
+        self._so_far = 0
 
     def add(self, partial: Partial, cell: int) -> None:
         """Take in the next cell from the file. Runs in a thread."""
         for piece in partial.pieces(cell):
             self._sha256.update(piece)
-            if self._stored and self._stored.algorithm == "crc32":
-                self._crc32 = zlib.crc32(piece, self._crc32)
+            if self._crc:
+                self._so_far = self._crc[0](piece, self._so_far)
 
     def digest(self) -> str:
         """Return the digest of all that was taken in."""
@@ -36,7 +48,7 @@ class Sums:
         """Check the server's checksum. Raises: FetchError."""
         if self._stored is None:
             return
-        found = self._sha256.digest() if self._stored.algorithm == "sha256" else self._crc32.to_bytes(4, "big")
+        found = self._so_far.to_bytes(self._crc[1], "big") if self._crc else self._sha256.digest()
         if base64.b64encode(found).decode() != self._stored.base64:
             message = f"what arrived does not have the {self._stored.algorithm} that the server stored: {name}"
             raise FetchError("digest_mismatch", message, retryable=True)

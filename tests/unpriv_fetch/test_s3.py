@@ -323,7 +323,7 @@ def store() -> Iterator[Any]:
         client.close()
 
 
-@pytest.mark.parametrize("algorithm", ["SHA256", "CRC32"])
+@pytest.mark.parametrize("algorithm", ["SHA256", "CRC64NVME", "CRC32C", "CRC32"])
 async def test_stored_checksum_is_compared(algorithm: str, store: Any, tmp_path: Path) -> None:
     store.put_object(Bucket="bucket", Key=algorithm, Body=DATA, ChecksumAlgorithm=algorithm)
     client = connect(store.meta.endpoint_url)
@@ -346,6 +346,21 @@ async def test_pinned_version_stays_though_the_object_was_replaced(store: Any, t
         assert outcome(await bench.fetch(headed.pins[0], 2)) == "ok"
         store.delete_object(Bucket="versions", Key="k")
         assert outcome(await bench.ask(Head(id=3, bucket="versions", key="k"))) == "no_such_object"
+
+
+async def test_listing_of_a_bucket_that_keeps_versions_pins_them(store: Any, tmp_path: Path) -> None:
+    store.create_bucket(Bucket="kept")
+    store.put_bucket_versioning(Bucket="kept", VersioningConfiguration={"Status": "Enabled"})
+    written = [store.put_object(Bucket="kept", Key=f"i/{n}.tar", Body=DATA)["VersionId"] for n in (1, 2, 3)]
+    async with fetching(connect(store.meta.endpoint_url), tmp_path) as bench:
+        listed = await bench.ask(List(id=1, bucket="kept", prefix="i/"))
+        assert isinstance(listed, Pins)
+        assert [(pin.key, pin.version) for pin in listed.pins] == [
+            (f"i/{n}.tar", version) for n, version in enumerate(written, 1)
+        ]
+        for n in (1, 2, 3):
+            store.put_object(Bucket="kept", Key=f"i/{n}.tar", Body=b"replaced")
+        assert [outcome(await bench.fetch(pin, n)) for n, pin in enumerate(listed.pins, 2)] == ["ok"] * 3
 
 
 async def test_listing_too_long(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import botocore.exceptions as aws
 
@@ -16,6 +16,8 @@ from broker.protocol import MAX_LAYERS, Pin
 from unpriv.failures import FetchError, quote
 from unpriv.s3.errors import NOT_S3, translated
 
+Algorithm = Literal["sha256", "crc64nvme", "crc32c", "crc32"]
+ALGORITHMS: Final[tuple[Algorithm, ...]] = get_args(Algorithm)  # the first one that the server has is taken
 CHUNK_BYTES: Final = 64 << 10  # of one read: larger ones go through mmap in glibc and are slower (Debian 12)
 
 
@@ -32,7 +34,7 @@ class Body:
 class Checksum:
     """A checksum of the whole object that the server stored with it."""
 
-    algorithm: str  # "sha256", "crc32", …
+    algorithm: Algorithm
     base64: str
 
 
@@ -84,11 +86,11 @@ class Client:
             raise changed(pin, f"expected {pin.etag}, {pin.size} bytes, found {found.etag}, {found.size} bytes")
         if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
             return None  # a checksum of the checksums of parts whose borders we do not know
-        for algorithm in ("SHA256", "CRC32"):
-            value = reply.get(f"Checksum{algorithm}")
+        for algorithm in ALGORITHMS:
+            value = reply.get(f"Checksum{algorithm.upper()}")
             if isinstance(value, str) and "-" not in value:
-                return Checksum(algorithm.lower(), value)
-        return None  # CRC64NVME and CRC32C have no fast implementation in the standard library
+                return Checksum(algorithm, value)
+        return None
 
     def _head(self, arguments: dict[str, str]) -> tuple[Pin, dict[str, Any]]:
         """Return the pin in a HeadObject's reply, and the reply. Raises: FetchError.
