@@ -233,8 +233,9 @@ class Writer(Walk):
         *folders, name = operation.to
         holder = self.descend(folders)
         try:
-            if not stat.S_ISREG(os.stat(name, dir_fd=holder, follow_symlinks=False).st_mode):
-                raise RejectedError("tree_conflict", 0, "a hard link to something that is no regular file")
+            mode = os.stat(name, dir_fd=holder, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # the link itself, as link(2) has it: never followed
+                raise RejectedError("tree_conflict", 0, "a hard link to neither a regular file nor a symbolic link")
             os.link(name, operation.name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
         finally:
             if holder != self.root:

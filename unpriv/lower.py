@@ -243,8 +243,8 @@ class _Replay:
             if isinstance(node, int):
                 raise TypeError("the target's parent is no directory")
             node = node[name.encode("utf-8", "surrogateescape")]
-        if not isinstance(node, int) or node & _KIND_MASK != LEAF_FILE:
-            raise TypeError("the target is no file")
+        if not isinstance(node, int) or node & _KIND_MASK == LEAF_OTHER:
+            raise TypeError("the target is neither file nor symbolic link")
         return node
 
 

@@ -42,7 +42,7 @@ class Sink(Protocol):
         """Make a symbolic link."""
 
     def link(self, into: int, name: bytes, target: bytes) -> None:
-        """Make a hard link to the file at a path."""
+        """Make a hard link to the file or symbolic link at a path."""
 
 
 def _hidden(directory: Directory, name: bytes) -> bool:
@@ -97,7 +97,7 @@ def _check_directory(directory: Directory, lower: Tree | None, path: bytes, find
 
 
 def _check_link(root: Directory, lower: Tree, link: Link, layer: Layer) -> None:
-    """Expect the target to be a file of the lower layers that this layer neither hides nor replaces."""
+    """Expect the target to be a file or symbolic link of a lower layer that this one neither hides nor replaces."""
     upper: int | Directory | None = root
     node: int | Tree | None = lower
     removed = False
@@ -116,8 +116,10 @@ def _check_link(root: Directory, lower: Tree, link: Link, layer: Layer) -> None:
                 removed = removed or last or layer.kind(upper) != DIRECTORY
     if node is None:
         raise RejectedError(HARDLINK_TARGET_MISSING, "no such file in this layer before it, nor in a lower one")
-    if not is_file(node):
-        raise RejectedError(HARDLINK_TARGET_NOT_FILE, "the target is no regular file in the lower layers")
+    if not is_file(node) and not is_symlink(node):
+        raise RejectedError(
+            HARDLINK_TARGET_NOT_FILE, "the target is neither file nor symbolic link in the lower layers"
+        )
     if removed:
         raise RejectedError(HARDLINK_TARGET_REMOVED, "this layer removes or replaces the target")
 
@@ -180,12 +182,8 @@ class Merge:
                 continue
             assert isinstance(node, int)
             if kind == HARDLINK:
-                link = layer.links[node]
-                if link.record == IMPLICIT or layer.kind(link.record) == FILE:
-                    self._links.append((path + name, link.target))
-                    continue
-                kind, node = SYMLINK, link.record  # see decisions/check-hardlinks.md
-            if kind in (FILE, SYMLINK):
+                self._links.append((path + name, layer.links[node].target))
+            elif kind in (FILE, SYMLINK):
                 into = self._enter(place)
                 self.count += 1
                 (sink.file if kind == FILE else sink.symlink)(into, name, node)

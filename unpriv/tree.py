@@ -62,7 +62,7 @@ class Record(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A hard link: the path it names, and the record of what is there if this layer has it."""
+    """A hard link: the path of a file or symbolic link, and the record of what is there if this layer has it."""
 
     target: bytes  # of this layer: the path of the file itself, never of another link
     record: int  # of the file in this layer, or IMPLICIT: it must be in a lower one
@@ -190,10 +190,7 @@ class Layer:
     # ---------------------------------------------------------------- hard links
 
     def _link(self, member: Member) -> Link:
-        """Find what a hard link names: an earlier file of this layer, or else something that must be in a lower one.
-
-        A hard link to a symbolic link keeps that link's record; what becomes of it is merge.py's to say.
-        """
+        """Find what a hard link names: an earlier member of this layer, or else one that must be in a lower one."""
         node = self._find(member.target)
         if node is None:
             return Link(member.target, IMPLICIT, member.number, member.offset)

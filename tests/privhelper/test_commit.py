@@ -201,10 +201,6 @@ HOSTILE: dict[str, tuple[str, Callable[[str], list[bytes] | None]]] = {
         line(op="symlink", into=0, name="a", target=victim, uid=0, gid=0, mtime=0, xattrs={}),
         line(op="link", into=0, name="b", to=["a", "canary"]),
     ]),
-    "hard_link_to_a_symlink": ("tree_conflict", lambda victim: [
-        line(op="symlink", into=0, name="a", target=f"{victim}/canary", uid=0, gid=0, mtime=0, xattrs={}),
-        line(op="link", into=0, name="b", to=["a"]),
-    ]),
     "hard_link_to_a_directory": ("tree_conflict", lambda victim: [
         line(op="dir", into=0, name="a", mode=0o755, uid=0, gid=0, mtime=0, xattrs={}),
         line(op="link", into=0, name="b", to=["a"]),
@@ -221,6 +217,23 @@ HOSTILE: dict[str, tuple[str, Callable[[str], list[bytes] | None]]] = {
     "fifo": ("fifo", lambda victim: [line(op="fifo", into=0, name="p", mode=0o666, uid=0, gid=0, mtime=0)]),
     "entries_more_than_announced": ("manifest_totals", lambda victim: None),
 }  # fmt: skip
+
+
+def test_hard_link_to_a_symlink_is_never_followed(installation: Installation, tmp_path: Path) -> None:
+    """The name is a second one of the symbolic link itself; what it points to gains no name."""
+    canary = tmp_path / "canary"
+    canary.write_text("untouched")
+    before = canary.stat()
+    layer = Layer()
+    layer.lines = [
+        line(op="symlink", into=0, name="a", target=str(canary), uid=0, gid=0, mtime=0, xattrs={}),
+        line(op="link", into=0, name="b", to=["a"]),
+    ]
+    with installation.connect(MEMBER) as helper:
+        reply = helper.commit(layer.manifest(), layer.write_payload(tmp_path))
+        assert reply["type"] == "ok", reply
+        assert helper.ask(op="verify", layer=reply["layer"])["type"] == "ok"
+    assert (canary.stat(), canary.read_text()) == (before, "untouched")
 
 
 @pytest.mark.parametrize("attack", HOSTILE)

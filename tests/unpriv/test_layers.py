@@ -388,7 +388,7 @@ REFUSED_LINKS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "directory_of_this_layer": ((directory(b"n"), hardlink(b"h2", b"n")), "hardlink_target_not_file"),
     "undeclared_directory": ((member(b"n/f", b"1"), hardlink(b"h2", b"n")), "hardlink_target_not_file"),
     "root": ((hardlink(b"h2", b"/"),), "hardlink_target_not_file"),
-    "link_of_a_lower_layer": ((hardlink(b"h2", b"l"),), "hardlink_target_not_file"),
+    "link_that_this_layer_removes": ((hardlink(b"h2", b"l"), member(b".wh.l")), "hardlink_target_removed"),
     "through_a_link_of_a_lower_layer": ((hardlink(b"h2", b"l/a"),), "hardlink_escapes_root"),
     "through_a_link_to_the_outside": ((hardlink(b"h2", b"out/canary"),), "hardlink_escapes_root"),
     "through_a_link_of_this_layer": ((symlink(b"s", b"etc"), hardlink(b"h2", b"s/a")), "hardlink_escapes_root"),
@@ -421,11 +421,14 @@ def test_hard_link_over_what_a_lower_layer_has() -> None:
     assert links(result) == {"d": "f", "h": "f"}
 
 
-def test_hard_link_to_a_symbolic_link_becomes_one_of_its_own() -> None:
-    """Root links regular files only; a second symbolic link with the same target means the same."""
-    result = check(tar(symlink(b"s", b"target", uid=7), hardlink(b"s2", b"s")))
+@pytest.mark.parametrize("layers", [(symlink(b"s", b"/etc/shadow"), b""), (b"", symlink(b"s", b"/etc/shadow"))])
+def test_hard_link_to_a_symbolic_link_is_of_the_link_itself(layers: tuple[bytes, bytes]) -> None:
+    """Of this layer or of a lower one: its inode has two names, and its target is never looked at."""
+    lower, upper = layers
+    result = check(tar(lower), tar(upper, hardlink(b"s2", b"s", mode=0o777)), tar(hardlink(b"s3", b"s2")))
     assert result.accepted, result.report
-    assert result.paths()["s2"] == result.paths()["s"] | {"path": "s2"}
+    assert links(result) == {"s2": "s", "s3": "s"}
+    assert result.paths()["s"]["target"] == "/etc/shadow"
 
 
 # ---------------------------------------------------------------- the order does not matter
