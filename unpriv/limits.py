@@ -63,6 +63,7 @@ class Archive(Section):
     pax_records: Annotated[int, _upto(1 << 16)]
     sparse_map_entries: Annotated[int, _upto(0)]
     names_bytes: Annotated[int, _upto(1 << 30)]
+    max_id: Annotated[int, _upto(MAX_ID)]
 
 
 class Names(Section):

@@ -6,11 +6,11 @@ Rule 2: what honest images carry and we do not keep is counted; what we change i
 
 from typing import Final, NamedTuple
 
-from privhelper.protocol import MAX_MTIME_NS
+from privhelper.protocol import MAX_ID, MAX_MTIME_NS
 from unpriv import rules
 from unpriv.findings import Findings
 from unpriv.header import BLOCK_BYTES, Header
-from unpriv.limits import MAX_ID, Limits
+from unpriv.limits import Limits
 from unpriv.pax import Overrides
 from unpriv.rulebook import RejectedError, rule
 from unpriv.rules import BLOCK, CHAR, DIRECTORY, FIFO, HARDLINK, SYMLINK
@@ -26,6 +26,7 @@ HARDLINK_TARGET_MISSING: Final = rule("hardlink_target_missing")
 HARDLINK_ESCAPES_ROOT: Final = rule("hardlink_escapes_root")
 HARDLINK_METADATA_DROPPED: Final = rule("hardlink_metadata_dropped", "drop")
 MTIME_CLAMPED: Final = rule("mtime_clamped", "warn")
+ID_ABOVE_HELPER: Final = rule("id_above_helper", "warn")
 
 _NS: Final = 1_000_000_000
 _new: Final = tuple.__new__  # see header.py
@@ -56,6 +57,7 @@ class Judge:
         """Judge members of one archive."""
         self._limits = limits
         self._findings = findings
+        self._plain_id = min(MAX_ID, limits.archive.max_id)  # up to here there is nothing to say
 
     def judge(
         self,
@@ -88,9 +90,8 @@ class Judge:
             self._findings.dropped.update(overrides.dropped)
             if overrides.xattrs:
                 xattrs = self._xattrs(overrides.xattrs, kind)
-        if uid > MAX_ID or gid > MAX_ID:
-            rules.id_out_of_range(uid, "uid")
-            rules.id_out_of_range(gid, "gid")
+        if uid > self._plain_id or gid > self._plain_id:
+            self._large_owner(uid, gid, path, place)
         if not 0 <= mtime_ns <= MAX_MTIME_NS:
             mtime_ns = self._clamp(mtime_ns, path, place)
         if kind in (CHAR, BLOCK, FIFO):
@@ -131,6 +132,14 @@ class Judge:
         if kept:
             rules.xattr_too_large(kept, self._limits)
         return kept
+
+    def _large_owner(self, uid: int, gid: int, path: bytes, place: tuple[int, int]) -> None:
+        """Refuse what no system keeps; say what our own helper cannot keep."""
+        for value, which in ((uid, "uid"), (gid, "gid")):
+            rules.id_out_of_range(value, which, self._limits.archive.max_id)
+            if value > MAX_ID:
+                reason = f"{which} {value}: a commit will be refused, the helper keeps ids up to {MAX_ID}"
+                self._findings.warn(RejectedError(ID_ABOVE_HELPER, reason, path, *place))
 
     def _clamp(self, mtime_ns: int, path: bytes, place: tuple[int, int]) -> int:
         kept = 0 if mtime_ns < 0 else MAX_MTIME_NS

@@ -7,7 +7,7 @@ Rule 2: nothing here knows about bytes of the archive or other members; those ru
 import struct
 from typing import Final
 
-from unpriv.limits import MAX_ID, Limits
+from unpriv.limits import Limits
 from unpriv.rulebook import RejectedError, rule
 
 PATH_EMPTY: Final = rule("path_empty")
@@ -124,10 +124,10 @@ def symlink_target_invalid(target: bytes, limit: int) -> None:
         raise RejectedError(PATH_HAS_NUL, "NUL in the link target")
 
 
-def id_out_of_range(value: int, which: str) -> None:
+def id_out_of_range(value: int, which: str, limit: int) -> None:
     """Refuse an owner that chown(2) takes for `leave unchanged` or that is cut to another id."""
-    if value > MAX_ID:
-        raise RejectedError(ID_OUT_OF_RANGE, f"{which} {value}, at most {MAX_ID}")
+    if value > limit:
+        raise RejectedError(ID_OUT_OF_RANGE, f"{which} {value}, at most {limit}")
 
 
 def checked_mode(mode: int, kind: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from privhelper.protocol import MAX_MTIME_NS
+from privhelper.protocol import MAX_ID, MAX_MTIME_NS
 from tests.unpriv.checking import check, tightened
 from tests.unpriv.tarbytes import base256, directory, hardlink, member, octal, pax, symlink, tar
 
@@ -182,6 +182,13 @@ def test_root_as_something_else(kind: bytes) -> None:
 def test_owner(owner: int) -> None:
     row = one(member(b"f", uid=base256(owner, 8), gid=base256(owner, 8)))
     assert (row["uid"], row["gid"]) == (owner, owner)
+
+
+@pytest.mark.parametrize(("owner", "said"), [(MAX_ID, 0), (MAX_ID + 1, 2), ((1 << 32) - 2, 2)])
+def test_owner_that_the_helper_cannot_keep_is_said(owner: int, said: int) -> None:
+    """The archive is sound, but a commit of its layer will be refused: nobody should learn that only then."""
+    report = check(tar(member(b"f", uid=base256(owner, 8), gid=base256(owner, 8)))).report
+    assert [warning["rule"] for warning in report["warnings"]] == ["id_above_helper"] * said
 
 
 @pytest.mark.parametrize("owner", [(1 << 32) - 1, 1 << 32, (1 << 32) + 5, 1 << 40])
