@@ -120,7 +120,7 @@ def _expect_checksum(block: bytes, field: bytes) -> None:
     at most 65,024, so there it is the sum itself, ten times faster.
     """
     plain = field[6:] == b"\0 " and field[:6].isdigit() and b"8" not in field and b"9" not in field
-    expected = int(field[:6], 8) if plain else _number(field, "checksum")
+    expected = int(field[:6], 8) if plain else _octal(field, "checksum")  # never base-256: Go's reader knows octal only
     found = (zlib.adler32(block) & 0xFFFF) - 1 if block.isascii() else sum(block)
     found += _CHECKSUM_AS_SPACES - sum(field)
     if found != expected:
@@ -190,6 +190,10 @@ def _number(field: bytes, what: str) -> int | None:
             raise RejectedError(NUMBER_MALFORMED, f"{what}: {field!r}") from None
     if field[0] in (0x80, 0xFF):
         return _base256(field, what)
+    return _octal(field, what)
+
+
+def _octal(field: bytes, what: str) -> int | None:
     if match := _OCTAL.fullmatch(field):
         return int(match[1], 8)
     if _BLANK.fullmatch(field):

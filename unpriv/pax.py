@@ -34,7 +34,7 @@ TIME_DROPPED: Final = rule("time_dropped", "drop")
 VENDOR_RECORD_DROPPED: Final = rule("vendor_record_dropped", "drop")
 XATTR_DROPPED: Final = rule("xattr_dropped", "drop")
 
-_RECORD_HEAD: Final = re.compile(rb"([1-9][0-9]{0,7}) ([^=\0\n]+)=")
+_RECORD_HEAD: Final = re.compile(rb"([1-9][0-9]{0,7}) ([^=\0\n\t ][^=\0\n]*)=")  # one blank, then the key
 _DECIMAL: Final = re.compile(rb"[0-9]{1,30}")
 _TIME: Final = re.compile(rb"(-?)([0-9]{1,30})(?:\.([0-9]*))?")
 _MAX_NUMBER: Final = (1 << 63) - 1

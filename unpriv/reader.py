@@ -210,6 +210,9 @@ class Reader:
         gnu = self._long_name is not None or self._long_link is not None
         if (kind == b"x" and gnu) or (kind in b"LK" and self._overrides is not None):
             raise RejectedError(EXTENSION_MIXED, "PAX and GNU extension headers for one member")
+        if kind == b"g" and self._extensions_pending():
+            # Go's reader hands a global header out as an entry of its own and forgets what came before it.
+            raise RejectedError(EXTENSION_MIXED, "a global header between an extension header and its member")
         if kind in b"LK":
             limit = min(limit, max(self._limits.names.path_bytes, self._limits.names.link_target_bytes) + 1)
         if size > limit or fields.size_blank:
@@ -320,8 +323,8 @@ class Reader:
 
 
 def _long(body: bytes) -> bytes:
-    """Return a GNU long name: NUL-terminated by most writers, by its size by others."""
-    name = body[:-1] if body.endswith(b"\0") else body
+    """Return a GNU long name: ended by one NUL or more by most writers, by its size by others."""
+    name = body.rstrip(b"\0")
     if not name or b"\0" in name:
         raise RejectedError(LONG_NAME_MALFORMED, "an empty long name, or a NUL before its end")
     return name

@@ -76,6 +76,10 @@ REFUSED = {
     "device_garbage": (member(b"f", major=b"one"), "number_malformed"),
     "checksum_wrong": (OK + member(b"f", checksum=b"000000\0 "), "header_checksum"),
     "checksum_signed": (OK + member(b"\xff" * 9, checksum=b"%06o\0 " % 1000), "header_checksum"),
+    "checksum_in_base256": (
+        member(b"f", checksum=base256(sum(member(b"f", checksum=b" " * 8)[:512]), 8)),
+        "number_malformed",
+    ),
     "checksum_garbage": (OK + member(b"f", checksum=b"checksum"), "number_malformed"),
     # other layouts
     "unknown_magic": (member(b"f", magic=b"USTAR\x0000"), "header_magic"),
@@ -95,6 +99,8 @@ REFUSED = {
     "pax_record_of_no_length": (raw_pax(b"0 path=abc\n") + OK, "pax_record_malformed"),
     "pax_record_with_a_sign": (raw_pax(b"+12 path=abc\n") + OK, "pax_record_malformed"),
     "pax_record_without_a_length": (raw_pax(b"path=abc\n") + OK, "pax_record_malformed"),
+    "pax_record_with_two_blanks": (raw_pax(b"12  path=ab\n") + OK, "pax_record_malformed"),
+    "pax_record_with_a_tab": (raw_pax(b"12 \tpath=ab\n") + OK, "pax_record_malformed"),
     "pax_record_without_a_newline": (raw_pax(b"11 path=abcX") + OK, "pax_record_malformed"),
     "pax_record_without_a_value": (raw_pax(b"8 path \n") + OK, "pax_record_malformed"),
     "pax_record_without_a_key": (raw_pax(b"6 =ab\n") + OK, "pax_record_malformed"),
@@ -154,6 +160,14 @@ REFUSED = {
     "pax_then_long_name": (pax((b"path", b"a")) + long_name(b"b" * 120) + OK, "extension_mixed"),
     "long_name_then_pax": (long_name(b"b" * 120) + pax((b"path", b"a")) + OK, "extension_mixed"),
     "thirty_two_comments": (pax((b"comment", b"x"), kind=b"g") * 32 + OK, "extension_repeated"),
+    "comment_between_pax_and_its_member": (
+        pax((b"path", b"a")) + pax((b"comment", b"c"), kind=b"g") + OK,
+        "extension_mixed",
+    ),
+    "comment_between_a_long_name_and_its_member": (
+        long_name(b"b" * 120) + pax((b"comment", b"c"), kind=b"g") + OK,
+        "extension_mixed",
+    ),
     "pax_header_then_the_end": (OK + pax((b"path", b"a")), "extension_orphaned"),
     "long_name_then_the_end": (OK + long_name(b"a" * 120), "extension_orphaned"),
     "long_name_of_four_gib": (head(b"././@LongLink", b"L", size=base256(4 << 30, 12)) + OK, "extension_too_large"),
@@ -234,6 +248,7 @@ ACCEPTED = {
     "pax_empty": tar(raw_pax(b""), OK),
     "long_name_that_was_not_needed": tar(long_name(b"ok"), OK),
     "long_name_without_a_nul": tar(member(b"././@LongLink", b"ok", b"L"), OK),
+    "long_name_with_two_nuls": tar(member(b"././@LongLink", b"ok\0\0", b"L"), OK),
     "long_name_and_link": tar(OK, long_name(b"h" * 150, b"L"), long_name(b"ok", b"K"), hardlink(b"h" * 100, b"ok")),
     "old_directory": tar(member(b"d/", b"", b"\0"), OK),
 }
@@ -325,6 +340,7 @@ LIMITED = {
         tar(*[member(b"n" * 40 + b"%d" % n) for n in range(3)]),
         "names_too_large",
     ),
+    "max_id": ({"archive": {"max_id": 99}}, tar(member(b"f", uid=100)), "id_out_of_range"),
     "component_bytes": ({"names": {"component_bytes": 5}}, tar(member(b"abcdef")), "component_too_long"),
     "path_bytes": ({"names": {"path_bytes": 8}}, tar(member(b"./abcd/.efgh")), "path_too_long"),
     "depth": ({"names": {"depth": 3}}, tar(member(b"a/b/c/d")), "path_too_deep"),
