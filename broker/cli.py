@@ -8,7 +8,7 @@ Rule 3: one place turns errors into three lines and an exit code.
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -21,6 +21,49 @@ EPILOG: Final = (
     "Exit codes are sysexits(3): 0 done, 65 refused, 69 unavailable, 73 no room, 75 try again, 77 not permitted."
 )
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SECTIONS: Final = {
+    "Images": ("pull", "plan", "ls", "show", "rm", "verify", "gc", "check"),
+    "Devices": ("activate", "deactivate"),
+    "Work": ("runs", "log", "resume", "cancel"),
+    "Host": ("doctor", "pool", "df", "policy"),
+    "Help": ("explain", "config", "completion", "version"),
+}
+
+
+class Program(click.Group):
+    """The program: its commands by section, and wrong command lines told like every other error."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands, each with one line."""
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].short_help or "") for name in names], col_max=12)
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        """Run the command line; what click says of a wrong one becomes three lines or one object."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            result = super().main(words, standalone_mode=False, **extra)
+        except click.UsageError as error:
+            sys.exit(_wrong_usage(error, words))
+        except click.Abort:
+            sys.exit(128 + signal.SIGINT)
+        if standalone_mode:
+            sys.exit(result if isinstance(result, int) else 0)
+        return result
+
+
+def _wrong_usage(error: click.UsageError, words: Sequence[str]) -> int:
+    """Tell what is wrong with a command line. Returns: the exit code."""
+    path = error.ctx.command_path if error.ctx else "imgpull"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    what, _, hint = error.format_message().partition(". ")  # the hint is click's: `Did you mean 'pull'?`
+    hint = hint.strip("()")
+    advice = f"{hint[:1].lower()}{hint[1:]} see `{path} --help`".lstrip()
+    console.print_problem(Problem("usage", what[:1].lower() + what[1:].rstrip("."), "", advice), "--json" in words)
+    return error.exit_code
 
 
 def _option(*names: str, setting: str, **more: Any) -> Callable[[F], F]:
@@ -89,6 +132,7 @@ def _run(command: str, /, **arguments: Any) -> NoReturn:
         _silence_stdout()
         code = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
+        print("imgpull: interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except Exception as error:
         if debug:
@@ -108,12 +152,12 @@ def _silence_stdout() -> None:
     os.close(null)
 
 
-@click.group(context_settings=CONTEXT, epilog=EPILOG)
+@click.group(cls=Program, context_settings=CONTEXT, epilog=EPILOG)
 def imgpull() -> None:
     """Pull container root filesystems from S3 into thin snapshots, trusting not one byte of them."""
 
 
-@imgpull.command(epilog=EPILOG)
+@imgpull.command(short_help="Bring an image in and activate it; print its device.")
 @click.argument("ref")
 @click.option("--name", help="Name of the activation; the default is the last word of REF.")
 @click.option("--refresh", is_flag=True, help="Ask S3 whether the objects changed, also if the image is ready.")
@@ -121,6 +165,7 @@ def imgpull() -> None:
 @click.option("--size", metavar="SIZE", help="Grow the activation's filesystem, for example 20G.")
 @click.option("--expect", multiple=True, metavar="sha256:HEX", help="Digest of each layer's object, lowest first.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result alone.")
+@click.option("--timing", is_flag=True, help="Tell at the end how long each stage worked and waited.")
 @_option("--progress", setting="progress")
 @_option("--limit-rate", setting="rate_limit", metavar="RATE", help="Bandwidth of this pull, for example 50M.")
 @s3_options
@@ -134,16 +179,22 @@ def pull(**arguments: Any) -> None:
     _run("pull", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Say what a pull would do; nothing is done.")
 @click.argument("ref")
+@click.option("--name", help="Name of the activation; the default is the last word of REF.")
+@click.option("--no-activate", is_flag=True, help="Only bring the layers in.")
 @s3_options
 @common
 def plan(**arguments: Any) -> None:
-    """Show what `pull REF` would do: bytes to fetch, layers that are here, room in the pool. Nothing is done."""
+    """Show what `pull REF` would do; nothing is done.
+
+    Told are the bytes to fetch, the layers that are here already, what root would be asked, and the room in the pool,
+    counted as root counts it. Ends with 73 if the pool has no room.
+    """
     _run("plan", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Show what images take in the pool, and how many more fit.")
 @list_options
 @common
 def df(**arguments: Any) -> None:
@@ -151,7 +202,7 @@ def df(**arguments: Any) -> None:
     _run("df", **arguments)
 
 
-@imgpull.command(name="ls")
+@imgpull.command(short_help="List the images, or the devices given out.")
 @click.option("--activations", is_flag=True, help="List the devices given out instead of the images.")
 @list_options
 @common
@@ -160,7 +211,7 @@ def ls(**arguments: Any) -> None:
     _run("ls", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Show one image: layers, origins, devices.")
 @click.argument("image")
 @common
 def show(**arguments: Any) -> None:
@@ -168,7 +219,7 @@ def show(**arguments: Any) -> None:
     _run("show", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Give out one more device of an image; print it.")
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--name", help="Name of the activation; the default is the last word of the image's reference.")
@@ -186,7 +237,7 @@ def activate(**arguments: Any) -> None:
     _run("activate", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Take a device back.")
 @click.argument("name")
 @common
 def deactivate(**arguments: Any) -> None:
@@ -194,7 +245,7 @@ def deactivate(**arguments: Any) -> None:
     _run("deactivate", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Remove an image and the layers that only it needs.")
 @click.argument("image")
 @common
 def rm(**arguments: Any) -> None:
@@ -202,7 +253,7 @@ def rm(**arguments: Any) -> None:
     _run("rm", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Check tarballs by the rules alone: no S3, no root.")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--manifest", is_flag=True, help="Print the merged tree, one JSON object a line.")
 @click.option("--all", "all_violations", is_flag=True, help="List every violation, not only the first.")
@@ -215,14 +266,14 @@ def check(**arguments: Any) -> None:
     _run("check", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Show the root helper's pool.")
 @common
 def pool(**arguments: Any) -> None:
     """Show the pool that the root helper serves."""
     _run("pool", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Look at all that imgpull needs; say how to mend it.")
 @s3_options
 @common
 def doctor(**arguments: Any) -> None:
@@ -230,7 +281,7 @@ def doctor(**arguments: Any) -> None:
     _run("doctor", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Have root compare layers with their manifests.")
 @click.argument("image", required=False)
 @common
 def verify(**arguments: Any) -> None:
@@ -238,7 +289,7 @@ def verify(**arguments: Any) -> None:
     _run("verify", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Remove layers and cached blobs that nothing needs.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be removed.")
 @common
 def gc(**arguments: Any) -> None:
@@ -246,7 +297,7 @@ def gc(**arguments: Any) -> None:
     _run("gc", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="List the runs, or show one.")
 @click.argument("run_id", metavar="[RUN]", required=False)
 @click.option("--active", is_flag=True, help="Only those at work.")
 @list_options
@@ -256,7 +307,7 @@ def runs(**arguments: Any) -> None:
     _run("runs", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Tell every step of the pulls of an image.")
 @click.argument("image")
 @common
 def log(**arguments: Any) -> None:
@@ -264,7 +315,7 @@ def log(**arguments: Any) -> None:
     _run("log", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Go on with interrupted runs.")
 @click.argument("run_id", metavar="[RUN]", required=False)
 @_option("--progress", setting="progress")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
@@ -274,7 +325,7 @@ def resume(**arguments: Any) -> None:
     _run("resume", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Cancel a run; what is done is kept.")
 @click.argument("run_id", metavar="RUN")
 @common
 def cancel(**arguments: Any) -> None:
@@ -282,7 +333,7 @@ def cancel(**arguments: Any) -> None:
     _run("cancel", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Tell what a rule or an error code means; offline.")
 @click.argument("word", metavar="RULE|CODE")
 @common
 def explain(**arguments: Any) -> None:
@@ -290,7 +341,7 @@ def explain(**arguments: Any) -> None:
     _run("explain", **arguments)
 
 
-@imgpull.group()
+@imgpull.group(short_help="Show the settings and where each comes from.")
 def config() -> None:
     """Settings."""
 
@@ -303,7 +354,7 @@ def config_show(**arguments: Any) -> None:
     _run("config_show", **arguments)
 
 
-@imgpull.group()
+@imgpull.group(short_help="Show what is granted; try that the rest is denied.")
 def policy() -> None:
     """What is granted and limited, and live proof that the rest is denied."""
 
@@ -325,7 +376,7 @@ def policy_audit(**arguments: Any) -> None:
     _run("policy_audit", **arguments)
 
 
-@imgpull.command()
+@imgpull.command(short_help="Print the completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script for a shell: `source <(imgpull completion bash)`."""
@@ -336,7 +387,7 @@ def completion(shell: str) -> None:
     click.echo(found(imgpull, {}, "imgpull", "_IMGPULL_COMPLETE").source())
 
 
-@imgpull.command()
+@imgpull.command(short_help="Print the versions in use.")
 @common
 def version(**arguments: Any) -> None:
     """Print the versions of this program and of what it stands on."""

@@ -191,23 +191,49 @@ def pull(
     size: str | None,
     expect: tuple[str, ...],
     quiet: bool,
+    timing: bool,
     as_json: bool,
 ) -> int:
     """Pull an image and activate it."""
     reference = Reference.parse(ref)
     size_bytes = _size(size)
     wanted = None if no_activate else _name(name, reference.default_name)
+    demands = pins.demanded(settings.pin_file, reference)
     if not refresh and not expect:
-        ready = store.quick_lookup(Paths.of(settings), str(reference), settings.source, wanted)
+        ready = store.quick_lookup(Paths.of(settings), str(reference), settings.source, wanted, demands)
         if ready is not None:
             _pulled(as_json, quiet, str(reference), ready[0].top, ready[1].device if ready[1] else None, None)
             return 0
     from broker import work
 
     report = console.reporter(settings.progress, as_json, quiet)
-    done = work.pull(settings, report, reference, wanted, size_bytes, list(expect), refresh)
+    done = work.pull(settings, report, reference, wanted, size_bytes, list(expect), demands, refresh)
+    if timing:
+        done.summary["timing"] = report.timing()
+        if not as_json:
+            _print_timing(done.summary)
     _pulled(as_json, quiet, str(reference), done.top, done.device, done.summary)
     return 0
+
+
+def _took(word: str) -> Column:
+    def show(row: tuple[float, int]) -> str:
+        return f"{row[0]:.1f} s {console.size(row[1]):>9}" if row[1] else "-"
+
+    return Column(word, lambda r: (r[f"{word}_s"], r[f"{word}_bytes"]), show, right=True)
+
+
+TIMING_COLUMNS = [
+    Column("layer", lambda r: r["layer"]),
+    *map(_took, console.WORK.values()),
+    Column("waited", lambda r: r["waited_s"], lambda s: f"{s:.1f} s", right=True),
+]
+
+
+def _print_timing(summary: dict[str, Any]) -> None:
+    """Tell where the time of a pull went: by layer and stage, waiting apart; then its steps one after the other."""
+    print(console.table(summary["timing"], TIMING_COLUMNS), file=sys.stderr)
+    print(", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["steps"].items()), file=sys.stderr)
 
 
 def _pulled(as_json: bool, quiet: bool, ref: str, top: str, device: str | None, summary: dict[str, Any] | None) -> None:
@@ -227,25 +253,38 @@ PLAN_COLUMNS = [
 ]
 
 
-def plan(settings: Settings, *, ref: str, as_json: bool) -> int:
+def plan(settings: Settings, *, ref: str, name: str | None, no_activate: bool, as_json: bool) -> int:
     """Show what a pull would do."""
-    from broker import work
+    from broker.plan import plan as make_plan
 
-    found = work.plan(settings, Reference.parse(ref))
+    reference = Reference.parse(ref)
+    found = make_plan(settings, reference, None if no_activate else _name(name, reference.default_name))
     if as_json:
         _print_json(found)
-        return 0
-    _table(found["layers"], PLAN_COLUMNS)
-    inexact = any(not row["exact"] and row["state"] != "here" for row in found["layers"])
-    print(f"\nto fetch       {console.size(found['fetch_bytes'])}")
-    stored = sum(row["bytes"] for row in found["layers"] if row["state"] != "here")
-    print(f"to store       {'at least ' if inexact else ''}{console.size(stored)}")
-    print(f"asked of root  {found['commits']} commits, 1 activation")
-    if found["pool"] is None:
-        print("pool           unknown: the root helper does not answer")
     else:
-        print(f"pool           {'has room' if found['fits'] else 'HAS NO ROOM'}: {_pool_share(found['pool'])}")
-    return 0 if found["fits"] is not False else 73
+        _print_plan(found)
+    return 73 if found["fits"] is False else 0
+
+
+def _print_plan(found: dict[str, Any]) -> None:
+    _table(found["layers"], PLAN_COLUMNS)
+    about = "" if found["exact"] else "at least "
+    print(f"\nto fetch       {console.size(found['fetch_bytes'])}")
+    print(f"to store       {about}{console.size(found['store_bytes'])}")
+    pool = found["pool"]
+    if pool is not None:
+        blocks = f"{found['data_blocks']} blocks of {pool['block_bytes'] // 1024} KiB"
+        metadata = f", {console.size(found['metadata_bytes'])} of metadata" if pool["metadata_bytes"] else ""
+        print(f"to reserve     {about}{blocks}{metadata}")
+    print(f"asked of root  {_count(found['commits'], 'commit')}, {_count(found['activations'], 'activation')}")
+    if pool is None:
+        print(f"pool           unknown: {console.escape(found['pool_error'])}")
+    else:
+        print(f"pool           {'has room' if found['fits'] else 'HAS NO ROOM'}: {_pool_share(pool)}")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _pool_share(figures: dict[str, Any]) -> str:
@@ -365,20 +404,16 @@ def rm(settings: Settings, *, image: str, as_json: bool) -> int:
         removed = work.finish_removal(settings, image)
         if removed is None:
             raise
-        text = f"removed {console.escape(image)}, which was interrupted: {_layers(len(removed))} removed"
+        text = f"removed {console.escape(image)}, which was interrupted: {_count(len(removed), 'layer')} removed"
         _result("rm", as_json, text, image=image, layers=removed)
         return 0
     removed = work.remove(settings, chosen)
     kept = chosen.layers - len(removed)
-    text = f"removed {console.escape(chosen.ref)}: {_layers(len(removed))} removed"
+    text = f"removed {console.escape(chosen.ref)}: {_count(len(removed), 'layer')} removed"
     if kept > 0:
         text += f", {kept} kept for other images"
     _result("rm", as_json, text, image=chosen.ref, layers=removed)
     return 0
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
@@ -388,7 +423,7 @@ def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
     found = work.collect(settings, dry_run)
     word = "would remove" if dry_run else "removed"
     blobs = f"{len(found['blobs'])} cached blobs ({console.size(found['bytes'])})"
-    text = f"{word} {_layers(len(found['layers']))}, {blobs}"
+    text = f"{word} {_count(len(found['layers']), 'layer')}, {blobs}"
     _result("gc", as_json, text, dry_run=dry_run, **found)
     return 0
 

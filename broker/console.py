@@ -12,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TextIO
 
 from broker.errors import Problem
 
 STAGES: Final = ("waiting", "fetching", "checking", "committing", "ready", "shared", "failed")
+WORK: Final = {"fetching": "fetch", "checking": "check", "committing": "commit"}
 SETTLED: Final = ("ready", "shared", "failed")
 HEARTBEAT_S: Final = 10.0
 
@@ -30,7 +31,15 @@ class Line:
     stage: str = "waiting"
     done: int = 0
     total: int = 0
-    started_s: float = 0.0
+    started_s: float = field(default_factory=time.monotonic)
+    spent_s: dict[str, float] = field(default_factory=dict)  # by stage, those that are over
+    amount: dict[str, int] = field(default_factory=dict)  # bytes by stage
+
+    def enter(self, stage: str) -> None:
+        """Leave the stage for another."""
+        now_s = time.monotonic()
+        self.spent_s[self.stage] = self.spent_s.get(self.stage, 0.0) + now_s - self.started_s
+        self.stage, self.started_s = stage, now_s
 
 
 def escape(text: object) -> str:
@@ -72,10 +81,22 @@ class Reporter:
         """Tell where a layer is."""
         line = self.lines.setdefault(key, Line(key))
         changed = line.stage != stage
-        line.stage, line.done, line.total = stage, done, total or line.total
         if changed:
-            line.started_s = time.monotonic()
+            line.enter(stage)
+        line.done, line.total = done, total or line.total
+        line.amount[stage] = max(line.amount.get(stage, 0), done)
         self.on_stage(line, changed)
+
+    def timing(self) -> list[dict[str, Any]]:
+        """Return for each layer how long its stages worked, with how many bytes, and how long it waited in between."""
+        rows = []
+        for line in self.lines.values():
+            row: dict[str, Any] = {"layer": line.label, "waited_s": round(line.spent_s.get("waiting", 0.0), 3)}
+            for stage, word in WORK.items():
+                row[f"{word}_s"] = round(line.spent_s.get(stage, 0.0), 3)
+                row[f"{word}_bytes"] = line.amount.get(stage, 0)
+            rows.append(row)
+        return rows
 
     def notice(self, message: str, **data: Any) -> None:
         """Tell something worth knowing: a retry and its reason, a snapshot taken."""
@@ -117,7 +138,7 @@ class PlainReporter(Reporter):
 
 
 class JsonReporter(Reporter):
-    """JSON Lines events. The schema is policy/schema/events.json; readers ignore types that they do not know."""
+    """JSON Lines events. The schema is policy/schema/output.json; readers ignore types that they do not know."""
 
     def __init__(self, stream: TextIO, interval_s: float = 0.5) -> None:
         super().__init__()
@@ -239,11 +260,8 @@ def print_problem(problem: Problem, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"v": 1, "type": "error", "time": round(time.time(), 3), **problem.to_json()}, sort_keys=True))
         return
-    what, *rest = problem.lines()
-    print(f"imgpull: {escape(what)}", file=sys.stderr)
-    for line in rest[:-1]:
-        print(f"  why:  {escape(line)}", file=sys.stderr)
-    print(f"  next: {escape(rest[-1])}", file=sys.stderr)
+    what, why, advice = problem.lines()
+    print(f"imgpull: {escape(what)}\n  why:  {escape(why)}\n  next: {escape(advice)}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

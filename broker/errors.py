@@ -118,14 +118,15 @@ class Problem:
         """The exit code of a command that ends with it."""
         return self.kind.exit_code
 
-    def lines(self) -> list[str]:
-        """Return what happened, why, and what to do next; the second line is left out where there is nothing to say."""
-        return [self.what, *([self.why] if self.why else []), self.advice or self.kind.advice]
+    def lines(self) -> tuple[str, str, str]:
+        """Return what happened, why, and what to do next; what this error leaves out is the kind's."""
+        return self.what, self.why or self.kind.title, self.advice or self.kind.advice
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints and that the database keeps."""
         return {
             **asdict(self),
+            "why": self.why or self.kind.title,
             "advice": self.advice or self.kind.advice,
             "exit": self.exit_code,
             "retryable": self.kind.retryable,

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import trio
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker import protocol, reference, store, worker
+from broker import pins, protocol, reference, store, worker
 from broker.app import App, nameless_file, publish, sealed_copy
 from broker.console import escape
 from broker.console import size as size_text
@@ -138,6 +138,9 @@ async def fetch_layer(run: Run[LayerRequest]) -> Blob:
         lambda message: app.report.notice(f"{label(asked.pin.key)}: {message}", layer=label(asked.pin.key)),
     )
 
+    app.report.stage(asked.chain, "fetching", asked.pin.size, asked.pin.size)
+    app.report.stage(asked.chain, "waiting", 0, asked.pin.size)
+
     def record(db: Any) -> None:
         store.record_blob(db, fetched.digest, fetched.size)
         store.record_pin(db, asked.origin, asked.pin, fetched.digest)
@@ -150,7 +153,7 @@ def _expect(asked: LayerRequest, digest: str) -> None:
     if asked.expect and asked.expect != digest:
         raise ImgpullError(
             "digest-mismatch",
-            f"{asked.pin.key}: the content is not what --expect says",
+            f"{asked.pin.key}: the content is not what is expected",
             f"it is {digest}, not {asked.expect}",
         )
 
@@ -165,6 +168,8 @@ async def check_layer(run: Run[LayerRequest]) -> Checked:
         run.on_commit(lambda db: store.record_chain(db, asked.chain, found, digest))
         return Checked(layer=found, parent=parent, reused=True)
     accepted = await _check(run, digest, parent)
+    app.report.stage(asked.chain, "checking", asked.pin.size, asked.pin.size)
+    app.report.stage(asked.chain, "waiting", 0, accepted.content_bytes)
 
     def record(db: Any) -> None:
         store.record_layer(db, accepted, digest, asked.media, app.limits)
@@ -291,6 +296,7 @@ async def _commit(run: Run[LayerRequest], root: Helper, checked: Checked) -> boo
         layer, existed = await root.commit(
             manifest, payload, lambda _, done: app.report.stage(asked.chain, "committing", done, total)
         )
+    app.report.stage(asked.chain, "committing", total, total)
     if layer != checked.layer:
         raise ImgpullError("bug", "root computed another id for the layer", f"{layer}, not {checked.layer}")
     return existed
@@ -324,6 +330,7 @@ class PullRequest(Model):
     mode: Literal["ro", "rw"] = "rw"
     size: int = 0
     expect: list[protocol.Digest] = []
+    pins: dict[str, protocol.Digest] | None = None  # what a pin file demands, by key; None: there is none
 
 
 class LayerSpec(Model):
@@ -332,6 +339,7 @@ class LayerSpec(Model):
     number: int
     media: Literal["tar", "tar+gzip", "tar+zstd", "tar+bzip2", "tar+xz"]
     pin: protocol.Pin
+    expect: protocol.Digest | None = None
 
 
 class Resolved(Model):
@@ -372,29 +380,40 @@ async def pin_layers(app: App, asked: PullRequest) -> Resolved:
         numbered = reference.order_layers(ref, await session.objects(ref.bucket, ref.prefix))
     else:
         numbered = reference.single_layer(ref, await session.head(ref.bucket, ref.path))
-    if asked.expect and len(asked.expect) != len(numbered):
-        raise ImgpullError(
-            "digest-mismatch",
-            f"{ref}: {len(asked.expect)} digests are expected",
-            f"the image has {len(numbered)} layers",
-        )
+    demands = _demands(asked, ref, [n.object.key for n in numbered])
     assert session.ready is not None
-    specs = [LayerSpec(number=n.number, media=n.media, pin=n.object) for n in numbered]
+    specs = [
+        LayerSpec(number=n.number, media=n.media, pin=n.object, expect=expect)
+        for n, expect in zip(numbered, demands, strict=True)
+    ]
     return Resolved(origin=session.ready.endpoint, layers=specs)
 
 
-def chain_keys(resolved: Resolved, limits: str, expect: list[str]) -> list[str]:
+def _demands(asked: PullRequest, ref: Reference, keys: list[str]) -> list[str | None]:
+    """Return the digest that --expect or the pin file demands of each layer. Raises: ImgpullError."""
+    if asked.expect and len(asked.expect) != len(keys):
+        what = f"{ref}: {len(asked.expect)} digests are expected"
+        raise ImgpullError("digest-mismatch", what, f"the image has {len(keys)} layers")
+    if asked.pins is None:
+        return list(asked.expect) or [None] * len(keys)
+    pins.check_complete(ref, asked.pins, keys)
+    pinned = [asked.pins[key] for key in keys]
+    if asked.expect and list(asked.expect) != pinned:
+        raise ImgpullError("digest-mismatch", f"{ref}: --expect and the pin file demand different digests")
+    return list(pinned)
+
+
+def chain_keys(resolved: Resolved, limits: str) -> list[str]:
     """Return the key of each layer's run, lowest first.
 
     Two objects of one bucket with the same strong ETag and size hold the same bytes, so the object's name is no part of
-    the key: layers that lie under several names are one. What --expect demands is, so that no demand is skipped.
+    the key: layers that lie under several names are one. The digest demanded is, so that no demand is skipped.
     """
     keys, lower = [], ""
     for spec in resolved.layers:
         pin = spec.pin
         name = "" if not pin.etag.startswith("W/") else f"{pin.key}@{pin.version}"
-        demand = expect[spec.number - 1] if expect else ""
-        facts = [limits, resolved.origin, pin.bucket, pin.etag, pin.size, name, spec.media, demand, lower]
+        facts = [limits, resolved.origin, pin.bucket, pin.etag, pin.size, name, spec.media, spec.expect or "", lower]
         lower = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         keys.append(lower)
     return keys
@@ -404,7 +423,7 @@ async def pull_layers(run: Run[PullRequest]) -> Layers:
     """Bring in all layers, each by a run of its own, and make the image visible when the last one is sealed."""
     app, asked = _app(run), run.request
     resolved = run.result("resolve", Resolved)
-    keys = chain_keys(resolved, app.limits, list(asked.expect))
+    keys = chain_keys(resolved, app.limits)
     app.report.begin(asked.ref, [(k, label(s.pin.key), s.pin.size) for k, s in zip(keys, resolved.layers, strict=True)])
     await _forget_what_root_lost(run, keys)
     results: dict[int, tuple[Blob, Committed]] = {}
@@ -419,7 +438,7 @@ async def pull_layers(run: Run[PullRequest]) -> Layers:
             chain=keys[index],
             lower=keys[index - 1] if index else None,
             lower_run=runs[index - 1] if index else None,
-            expect=asked.expect[index] if asked.expect else None,
+            expect=spec.expect,
         )
         runs.append(await run.start_child(LAYER, keys[index], request))
     async with trio.open_nursery() as nursery:
@@ -647,8 +666,7 @@ async def removable(app: App) -> list[str]:
         results = await app.read(lambda _, run=active: app.engine.lookup.results(run))  # type: ignore[misc]
         if "resolve" not in results:
             return []  # it may be about to need any of them
-        asked = PullRequest.model_validate_json(active.request)
-        keys = chain_keys(Resolved.model_validate_json(results["resolve"]), app.limits, list(asked.expect))
+        keys = chain_keys(Resolved.model_validate_json(results["resolve"]), app.limits)
         found = [await app.read(store.chained, key) for key in keys]
         needed.update(f[0] for f in found if f)
     return [layer for layer in unused if layer not in needed]

@@ -346,6 +346,12 @@ def content_bytes(db: sqlite3.Connection, layer: str) -> int:
     return int(row["content_bytes"]) if row else 0
 
 
+def entries(db: sqlite3.Connection, layer: str) -> int:
+    """Return how many operations make a layer: root reserves room for each."""
+    row = query_one(db, "SELECT operations FROM layer WHERE id = ?", (layer,))
+    return int(row["operations"]) if row else 0
+
+
 def usage(db: sqlite3.Connection) -> list[sqlite3.Row]:
     """Return for each image the bytes of files in its own layers (`exclusive`) and in those that others have too."""
     return query(
@@ -498,9 +504,12 @@ def pull_key(ref: str, endpoint: str) -> str:
     return f"{endpoint} {ref}"
 
 
-def quick_lookup(paths: Paths, ref: str, endpoint: str, name: str | None) -> tuple[Image, ActivationRow | None] | None:
+def quick_lookup(
+    paths: Paths, ref: str, endpoint: str, name: str | None, pins: Mapping[str, str] | None = None
+) -> tuple[Image, ActivationRow | None] | None:
     """Return a ready image and its live activation: all that a pull with nothing to do needs. It writes nothing.
 
+    ``pins``: the digests that the image's objects must have, by key; another image is not the one that is asked for.
     None where there is something to do: also a pull that was killed in its last moment and has not been ended yet.
     """
     connection = open_readonly(paths.database)
@@ -517,7 +526,10 @@ def quick_lookup(paths: Paths, ref: str, endpoint: str, name: str | None) -> tup
             )
         except sqlite3.DatabaseError:
             return None  # the pull itself opens the state and says what is wrong with it
-    if image is None or unfinished:
+            pinned = pins is None or (
+                image is not None and {row["key"]: row["digest"] for row in image_layers(db, image.id)} == pins
+            )
+    if image is None or unfinished or not pinned:
         return None
     if name is None:
         return image, None

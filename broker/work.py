@@ -1,6 +1,6 @@
 """The commands that do something: each opens the state, starts or joins runs, waits, and says how they ended.
 
-Rule 1: one way in: `_engine` opens the app and the engine, and turns the library's errors into Problems.
+Rule 1: one way in: `opened` opens the app and the engine, and turns the library's errors into Problems.
 Rule 2: the first Ctrl-C or SIGTERM lets the step at work finish and keeps everything; the second stops now.
 Rule 3: only runs that the command is about are resumed here; `imgpull resume` takes up all.
 """
@@ -67,7 +67,7 @@ def _translated() -> Generator[None, None, None]:
         raise ImgpullError("io-error", "the state database failed", str(error)) from error
 
 
-def _run(work: Callable[[], Awaitable[T]]) -> T:
+def run(work: Callable[[], Awaitable[T]]) -> T:
     """Run the asynchronous part of a command."""
     with _translated():
         try:
@@ -80,7 +80,7 @@ def _run(work: Callable[[], Awaitable[T]]) -> T:
 
 
 @asynccontextmanager
-async def _engine(
+async def opened(
     settings: Settings, report: Reporter, resume: Literal["all", "related"] = "related"
 ) -> AsyncGenerator[tuple[App, Engine], None]:
     """Open the app and the engine, and heed signals, for as long as the block lasts."""
@@ -150,6 +150,7 @@ def pull(
     name: str | None,
     size_bytes: int,
     expect: list[str],
+    pins: dict[str, str] | None,
     refresh: bool,
 ) -> Pulled:
     """Pull one image; an object that changes while it is fetched is resolved anew."""
@@ -160,10 +161,11 @@ def pull(
         name=name,
         size=size_bytes,
         expect=expect,
+        pins=pins,
     )
     for attempt in range(1, CHANGED_RETRIES + 1):
         try:
-            return _run(partial(_pull, settings, report, request, refresh))
+            return run(partial(_pull, settings, report, request, refresh))
         except ImgpullError as error:
             if error.problem.details.get("fetch_code") != "changed" or attempt == CHANGED_RETRIES:
                 raise
@@ -172,10 +174,11 @@ def pull(
 
 
 async def _pull(settings: Settings, report: Reporter, request: machines.PullRequest, refresh: bool) -> Pulled:
-    async with _engine(settings, report) as (app, engine):
+    async with opened(settings, report) as (app, engine):
         before = await app.read(store.image_by_ref, request.ref, request.source)
         old = await app.read(store.image_layers, before.id) if before else []
         key = store.pull_key(request.ref, request.source)
+        _tell_of_the_interrupted(engine, report, key)
         outcome = await _do(engine, machines.PULL, key, request)
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
@@ -189,63 +192,28 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
             "reused": layers.reused,
             "transferred_bytes": layers.transferred,
             "changed_layers": changed,
+            "steps": _step_seconds(engine, outcome),
             "text": f"{len(layers.layers)} layers, {layers.reused} of them there already,"
             f" {size(layers.transferred)} fetched",
         }
         return Pulled(layers.layers[-1], device, summary)
 
 
-def plan(settings: Settings, reference: Reference) -> dict[str, Any]:
-    """Return what a pull would do now: a row a layer, and sums. Nothing is done but asking S3 and the helper."""
-    request = machines.PullRequest(
-        ref=str(reference), source=settings.source, endpoint=endpoint_of(settings), name=None
-    )
-
-    async def work() -> dict[str, Any]:
-        async with _engine(settings, Reporter()) as (app, _):
-            resolved = await machines.pin_layers(app, request)
-            keys = machines.chain_keys(resolved, app.limits, [])
-            rows = [await _plan_layer(app, resolved.origin, s, k) for s, k in zip(resolved.layers, keys, strict=True)]
-            pool = None
-            try:
-                async with app.helper() as root:
-                    pool = root.greeting["pool"]
-            except ImgpullError as error:
-                app.report.notice(error.problem.what)
-            new = [row for row in rows if row["state"] != "here"]
-            return {
-                "image": str(reference),
-                "layers": rows,
-                "fetch_bytes": sum(row["fetch_bytes"] for row in rows),
-                "commits": len(new),
-                "pool": pool,
-                "fits": None if pool is None else _fits(pool, sum(row["bytes"] for row in new)),
-            }
-
-    return _run(work)
+def _tell_of_the_interrupted(engine: Engine, report: Reporter, key: str) -> None:
+    """Say that this pull was begun before, if it was, and how far it had come."""
+    for record in engine.lookup.runs("pull", active_only=True):
+        if record.key == key:
+            children = engine.lookup.children(record)
+            done = sum(child.outcome == "done" for child in children)
+            report.notice(
+                f"going on where it was interrupted: {done} of {len(children)} layers are done", run=record.id
+            )
 
 
-def _fits(pool: dict[str, Any], wanted_bytes: int) -> bool:
-    free = pool["data_bytes"] - pool["data_used_bytes"] - pool.get("reserved_bytes", 0)
-    return bool(pool["state"] == "ready" and wanted_bytes <= free)
-
-
-async def _plan_layer(app: App, origin: str, spec: machines.LayerSpec, key: str) -> dict[str, Any]:
-    known = await app.read(store.chained, key)
-    committed = known is not None and await app.read(store.is_committed, known[0])
-    digest = await app.read(store.known_digest, origin, spec.pin.bucket, spec.pin.etag, spec.pin.size)
-    cached = digest is not None and app.paths.blob(digest).exists()
-    state = "here" if committed else "checked" if known else "fetched" if cached else "new"
-    # A compressed layer that was never checked tells its size only when it is unpacked: its own bytes are the least.
-    content = await app.read(store.content_bytes, known[0]) if known else spec.pin.size
-    return {
-        "layer": spec.number,
-        "object": spec.pin.key,
-        "state": state,
-        "bytes": content,
-        "exact": known is not None or spec.media == "tar",
-        "fetch_bytes": 0 if committed or cached else spec.pin.size,
-    }
+def _step_seconds(engine: Engine, outcome: Outcome) -> dict[str, float]:
+    """Return how long each step of a pull took; `layers` is the time in which all its layers worked side by side."""
+    events = engine.lookup.events(engine.lookup.run(outcome.run_id))
+    return {str(e.step): int(str(e.payload["duration_ms"])) / 1000 for e in events if e.type == "complete"}
 
 
 async def _activate(engine: Engine, image: Image, name: str, mode: Any, size_bytes: int) -> machines.Activated:
@@ -260,10 +228,10 @@ def activate(settings: Settings, image: Image, name: str, mode: str, size_bytes:
     """Give out one more device of an image."""
 
     async def work() -> machines.Activated:
-        async with _engine(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (_, engine):
             return await _activate(engine, image, name, mode, size_bytes)
 
-    return _run(work)
+    return run(work)
 
 
 def inside(settings: Settings, given: machines.Activated, command: list[str]) -> int:
@@ -292,29 +260,29 @@ def inside(settings: Settings, given: machines.Activated, command: list[str]) ->
             os.close(again.mount_fd)
         return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
-    return _run(work)
+    return run(work)
 
 
 def deactivate(settings: Settings, name: str) -> None:
     """Take a device back."""
 
     async def work() -> None:
-        async with _engine(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (_, engine):
             await _do(engine, machines.DEACTIVATE, name, machines.NameRequest(name=name))
 
-    _run(work)
+    run(work)
 
 
 def remove(settings: Settings, image: Image) -> list[str]:
     """Remove an image. Returns: the layers that root has removed."""
 
     async def work() -> list[str]:
-        async with _engine(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (_, engine):
             request = machines.RemoveRequest(ref=image.ref, endpoint=image.endpoint)
             outcome = await _do(engine, machines.REMOVE, store.pull_key(image.ref, image.endpoint), request)
             return list(outcome.result("layers", machines.Removed).layers)
 
-    return _run(work)
+    return run(work)
 
 
 def finish_removal(settings: Settings, word: str) -> list[str] | None:
@@ -325,12 +293,12 @@ def finish_removal(settings: Settings, word: str) -> list[str] | None:
     for record in found:
         ref = machines.RemoveRequest.model_validate_json(record.request).ref.rstrip("/")
         if wanted in (ref, ref.rsplit("/", 1)[-1]):
-            return _run(partial(_resume_removal, settings, record.id))
+            return run(partial(_resume_removal, settings, record.id))
     return None
 
 
 async def _resume_removal(settings: Settings, run_id: str) -> list[str]:
-    async with _engine(settings, Reporter()) as (_, engine):
+    async with opened(settings, Reporter()) as (_, engine):
         outcome = await engine.wait(run_id)
         if not outcome.ok:
             raise ImgpullError.of(machines.problem_of(outcome))
@@ -341,7 +309,7 @@ def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:
     """Remove layers and cached blobs that nothing needs. Returns: their names, and the bytes of the blobs."""
 
     async def work() -> dict[str, Any]:
-        async with _engine(settings, Reporter()) as (app, engine):
+        async with opened(settings, Reporter()) as (app, engine):
             if dry_run:
                 layers = await machines.removable(app)
             else:
@@ -356,7 +324,7 @@ def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:
                 "partials": partials,
             }
 
-    return _run(work)
+    return run(work)
 
 
 def verify(settings: Settings, images: list[Image]) -> list[dict[str, Any]]:
@@ -384,7 +352,7 @@ def verify(settings: Settings, images: list[Image]) -> list[dict[str, Any]]:
                     findings.append({"layer": layer, "ok": False, "reason": error.problem.what})
         return findings
 
-    return _run(work)
+    return run(work)
 
 
 def inventory(settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -394,7 +362,7 @@ def inventory(settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]],
         async with helper.connect(settings.helper_socket) as root:
             return root.greeting, *await root.inventory()
 
-    return _run(work)
+    return run(work)
 
 
 def fetcher_ready(settings: Settings) -> protocol.Ready:
@@ -405,7 +373,7 @@ def fetcher_ready(settings: Settings) -> protocol.Ready:
             session = await app.fetcher(endpoint_of(settings))
             return await session.greeting()
 
-    return _run(work)
+    return run(work)
 
 
 # ---------------------------------------------------------------- checking files
@@ -434,7 +402,7 @@ def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[pr
                     _print_file(tree)
         return accepted
 
-    return _run(work)
+    return run(work)
 
 
 async def _check_file(
@@ -501,7 +469,7 @@ def resume(settings: Settings, report: Reporter, run_id: str | None) -> list[dic
     """Go on with interrupted runs. Returns: how each ended."""
 
     async def work() -> list[dict[str, Any]]:
-        async with _engine(settings, report) as (_, engine):
+        async with opened(settings, report) as (_, engine):
             word = run_record(engine.lookup, run_id).id if run_id else None
             ended = []
             for taken in await engine.resume(word):
@@ -509,16 +477,16 @@ def resume(settings: Settings, report: Reporter, run_id: str | None) -> list[dic
                 ended.append({"run": taken, "state": outcome.kind, "reason": outcome.reason})
             return ended
 
-    return _run(work)
+    return run(work)
 
 
 def cancel(settings: Settings, run_id: str) -> str:
     """Cancel a run. Returns: how it ended."""
 
     async def work() -> str:
-        async with _engine(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (_, engine):
             record = run_record(engine.lookup, run_id)
             await engine.cancel(record.id, cause="cancelled by the user")
             return (await engine.wait(record.id)).kind
 
-    return _run(work)
+    return run(work)

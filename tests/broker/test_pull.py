@@ -303,7 +303,7 @@ def test_plan_tells_what_a_pull_would_do_and_does_nothing(world: World) -> None:
     world.run("pull", REF)
     found = json.loads(world.run("plan", "s3://bucket/images/two", "--json")[1])
     assert [(row["state"], row["fetch_bytes"]) for row in found["layers"]] == [("here", 0), ("new", 3)]
-    assert "asked of root  1 commits" in world.run("plan", "s3://bucket/images/two")[1]
+    assert "asked of root  1 commit, 1 activation" in world.run("plan", "s3://bucket/images/two")[1]
 
 
 def test_df_tells_shared_from_exclusive(world: World) -> None:
