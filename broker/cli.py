@@ -22,7 +22,7 @@ EPILOG: Final = (
 )
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SECTIONS: Final = {
-    "Images": ("pull", "plan", "ls", "show", "rm", "verify", "gc", "check"),
+    "Images": ("pull", "plan", "ls", "show", "rm", "verify", "gc", "check", "pins"),
     "Devices": ("activate", "deactivate"),
     "Work": ("runs", "log", "resume", "cancel"),
     "Host": ("doctor", "pool", "df", "policy"),
@@ -164,6 +164,7 @@ def imgpull() -> None:
 @click.option("--no-activate", is_flag=True, help="Only bring the layers in.")
 @click.option("--size", metavar="SIZE", help="Grow the activation's filesystem, for example 20G.")
 @click.option("--expect", multiple=True, metavar="sha256:HEX", help="Digest of each layer's object, lowest first.")
+@_option("--pin-file", setting="pin_file", metavar="FILE", help="Refuse whatever this file does not list, see `pins`.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result alone.")
 @click.option("--timing", is_flag=True, help="Tell at the end how long each stage worked and waited.")
 @_option("--progress", setting="progress")
@@ -217,6 +218,17 @@ def ls(**arguments: Any) -> None:
 def show(**arguments: Any) -> None:
     """Show an image: its layers, where they come from, what was dropped from them, its devices."""
     _run("show", **arguments)
+
+
+@imgpull.command(short_help="Print a pin file of the images that are here.")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@common
+def pins(**arguments: Any) -> None:
+    """Print the digest of each object of the images, as it was when it was first fetched.
+
+    The output is a pin file: `imgpull pull --pin-file FILE`, or the setting `pin_file`, refuses any other content.
+    """
+    _run("pins", **arguments)
 
 
 @imgpull.command(short_help="Give out one more device of an image; print it.")
@@ -334,10 +346,10 @@ def cancel(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Tell what a rule or an error code means; offline.")
-@click.argument("word", metavar="RULE|CODE")
+@click.argument("word", metavar="[RULE|CODE]", required=False)
 @common
 def explain(**arguments: Any) -> None:
-    """Tell what a rule of the checker or an error code means; offline."""
+    """Tell what a rule of the checker or an error code means; without a word, list them. Offline."""
     _run("explain", **arguments)
 
 
@@ -348,6 +360,7 @@ def config() -> None:
 
 @config.command(name="show")
 @click.option("--origin", is_flag=True, help="Say where each value comes from.")
+@list_options
 @common
 def config_show(**arguments: Any) -> None:
     """Show the settings in force."""

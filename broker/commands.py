@@ -11,10 +11,12 @@ import platform
 import sys
 import tomllib
 from contextlib import closing
+from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from broker import console, store
+from broker import pins as pin_files
 from broker.console import Column
 from broker.errors import CATALOGUE, ImgpullError, UsageError
 from broker.reference import NAME, Reference, clean_name, media_of
@@ -164,8 +166,9 @@ def show(settings: Settings, *, image: str, as_json: bool) -> int:
         print(
             f"  object   {console.escape(layer['key'])}  {console.size(layer['size'])}"
             f"  etag {console.escape(layer['etag'])}"
+            + (f"  version {console.escape(layer['version'])}" if layer["version"] else "")
         )
-        print(f"  content  {layer['digest']} (recorded when it was first fetched)")
+        print(f"  content  {layer['digest']}, first fetched {ago(layer['fetched_ms'])}")
         print(f"  entries  {layer['entries']}, {console.size(layer['content_bytes'])} of files{shared}")
         for rule, count in layer["notes"]["dropped"].items():
             print(f"  dropped  {count} x {rule}")
@@ -175,6 +178,23 @@ def show(settings: Settings, *, image: str, as_json: bool) -> int:
             print(f"  note     {warning['rule']}: {console.escape(warning['reason'])}")
     for row in given:
         print(f"\nactivation {row.name}  {row.device}  {row.mode}  {'live' if row.is_live() else 'not live'}")
+    return 0
+
+
+def pins(settings: Settings, *, images: tuple[str, ...], as_json: bool) -> int:
+    """Print what the objects of images held when they were first fetched, as a pin file."""
+    chosen = [find_image(settings, image) for image in images]
+    rows: dict[str, str] = {}
+    connection = store.open_readonly(Paths.of(settings).database)
+    if connection is not None:
+        with closing(connection) as db:
+            for image in chosen if images else store.images(db):
+                rows |= pin_files.listed(image.ref, store.image_layers(db, image.id))
+    if as_json:
+        _print_json([{"object": name, "digest": digest} for name, digest in rows.items()])
+        return 0
+    for name, digest in rows.items():
+        print(f"{digest}  {console.escape(name)}")
     return 0
 
 
@@ -198,7 +218,7 @@ def pull(
     reference = Reference.parse(ref)
     size_bytes = _size(size)
     wanted = None if no_activate else _name(name, reference.default_name)
-    demands = pins.demanded(settings.pin_file, reference)
+    demands = pin_files.demanded(settings.pin_file, reference)
     if not refresh and not expect:
         ready = store.quick_lookup(Paths.of(settings), str(reference), settings.source, wanted, demands)
         if ready is not None:
@@ -479,21 +499,18 @@ def check(settings: Settings, *, files: tuple[str, ...], manifest: bool, all_vio
     return 0
 
 
-def explain(settings: Settings, *, word: str, as_json: bool) -> int:
-    """Tell what a rule or an error code means."""
+def explain(settings: Settings, *, word: str | None, as_json: bool) -> int:
+    """Tell what a rule or an error code means; without a word, which there are."""
     from broker.settings import POLICY_DIR
 
     with (POLICY_DIR / "rules.toml").open("rb") as file:
         rules: dict[str, dict[str, str]] = tomllib.load(file)
+    if word is None:
+        _print_codes(rules, as_json)
+        return 0
     if word in CATALOGUE:
         kind = CATALOGUE[word]
-        fields = {
-            "code": word,
-            "exit": kind.exit_code,
-            "what": kind.title,
-            "advice": kind.advice,
-            "retryable": kind.retryable,
-        }
+        fields = _code(word)
         lines = [f"error code {word}, exit code {kind.exit_code}", "", kind.title, f"What to do: {kind.advice}."]
     elif word in rules:
         rule = rules[word]
@@ -510,6 +527,22 @@ def explain(settings: Settings, *, word: str, as_json: bool) -> int:
     else:
         print("\n".join(lines))
     return 0
+
+
+def _code(word: str) -> dict[str, Any]:
+    kind = CATALOGUE[word]
+    fields = {"code": word, "exit": kind.exit_code, "what": kind.title, "advice": kind.advice}
+    return {**fields, "retryable": kind.retryable}
+
+
+def _print_codes(rules: dict[str, dict[str, str]], as_json: bool) -> None:
+    """List the error codes, with --json alone, else with the names of the rules below them."""
+    if as_json:
+        _print_json([_code(word) for word in CATALOGUE])
+        return
+    for word, kind in CATALOGUE.items():
+        print(f"{word:<20}{kind.exit_code:>3}  {kind.title}")
+    print(f"\nrules of the checker: {', '.join(rules)}")
 
 
 # ---------------------------------------------------------------- runs
@@ -655,8 +688,7 @@ def pool(settings: Settings, *, as_json: bool) -> int:
         print(f"metadata    {_share(figures['metadata_used_bytes'], figures['metadata_bytes'])}")
     if figures.get("reserved_bytes"):
         print(f"reserved    {console.size(figures['reserved_bytes'])} for commits in flight")
-    if figures.get("block_bytes"):
-        print(f"block       {console.size(figures['block_bytes'])}")
+    print(f"block       {figures['block_bytes'] // 1024} KiB")
     print(f"layers      {len(layers)}")
     print(f"devices     {len(activations)} of yours")
     print(f"policy      {greeting['policy']}")
@@ -684,15 +716,20 @@ def doctor(settings: Settings, *, as_json: bool) -> int:
     return 1 if any(f.verdict == "fail" for f in findings) else 0
 
 
-def config_show(settings: Settings, *, origin: bool, as_json: bool) -> int:
+CONFIG_COLUMNS = [
+    Column("name", lambda r: r["name"]),
+    Column("value", lambda r: r["value"]),
+    Column("unit", lambda r: r["unit"]),
+    Column("origin", lambda r: r["origin"]),
+]
+
+
+def config_show(settings: Settings, *, origin: bool, **options: Any) -> int:
     """Show the settings in force."""
-    if as_json:
-        _print_json({k: {"value": v.value, "origin": v.origin} for k, v in settings.values.items()})
-        return 0
-    for row in SETTINGS:
-        value = settings.values[row.name]
-        shown = f"{value.value} {row.unit}".rstrip() if row.unit else str(value.value)
-        print(f"{row.name:<16} {console.escape(shown):<40} {value.origin if origin else ''}".rstrip())
+    rows = [{"name": row.name, "unit": row.unit, **asdict(settings.values[row.name])} for row in SETTINGS]
+    if options["chosen"] is None and not options["as_json"] and not origin:
+        options["chosen"] = "name,value,unit"
+    _table(rows, CONFIG_COLUMNS, **options)
     return 0
 
 

@@ -52,6 +52,7 @@ SETTINGS: Final = (
     Row("request_payer", bool, False, "accept the charges of a requester-pays bucket"),
     Row("quirks", str, "", "kind of S3 server", ("", "aws", "ceph", "garage", "seaweedfs", "tigris", "r2", "swift")),
     Row("addressing", str, "", "how the bucket is named in URLs", ("", "auto", "path", "virtual")),
+    Row("pin_file", str, "", "file with the digest of every object that may be pulled; empty is none"),
     Row("ca_bundle", str, "", "file of certificates to trust instead of the system's", aws=("AWS_CA_BUNDLE",)),
     Row("max_streams", int, 8, "parallel ranged requests of one pull"),
     Row("rate_limit", int, 0, "bandwidth of one pull; 0 is no limit", unit="bytes/s"),

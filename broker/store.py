@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +268,8 @@ def image_layers(db: sqlite3.Connection, image: int) -> list[dict[str, Any]]:
     rows = query(
         db,
         "SELECT number, key, etag, version, size, media, digest, layer, entries, content_bytes, payload_bytes, notes,"
-        " (SELECT count(DISTINCT image) FROM image_layer other WHERE other.layer = image_layer.layer) AS images"
+        " (SELECT count(DISTINCT image) FROM image_layer other WHERE other.layer = image_layer.layer) AS images,"
+        " (SELECT min(fetched_ms) FROM pin WHERE pin.digest = image_layer.digest) AS fetched_ms"
         " FROM image_layer JOIN layer ON layer.id = image_layer.layer WHERE image = ? ORDER BY number",
         (image,),
     )
@@ -524,12 +525,10 @@ def quick_lookup(
                 "SELECT 1 FROM run WHERE machine = 'pull' AND key = ? AND outcome IS NULL",
                 (pull_key(ref, endpoint),),
             )
+            found = {row["key"]: row["digest"] for row in image_layers(db, image.id)} if image else {}
         except sqlite3.DatabaseError:
             return None  # the pull itself opens the state and says what is wrong with it
-            pinned = pins is None or (
-                image is not None and {row["key"]: row["digest"] for row in image_layers(db, image.id)} == pins
-            )
-    if image is None or unfinished or not pinned:
+    if image is None or unfinished or pins not in (None, found):
         return None
     if name is None:
         return image, None
