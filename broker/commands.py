@@ -778,13 +778,8 @@ def version(settings: Settings, *, as_json: bool) -> int:
     """Print versions."""
     import sqlite3
 
-    found = {
-        "imgpull": metadata.version("imgpull"),
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-    }
-    for package in ("boto3", "libarchive-c", "pydantic", "trio", "zstandard"):
-        found[package] = metadata.version(package)
+    found = {"imgpull": _version("imgpull"), "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+    found |= {package: _version(package) for package in ("boto3", "libarchive-c", "pydantic", "trio", "zstandard")}
     found["kernel"] = os.uname().release
     if as_json:
         _print_json(found)
@@ -792,3 +787,10 @@ def version(settings: Settings, *, as_json: bool) -> int:
         for name, number in found.items():
             print(f"{name:<14}{number}")
     return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import trio
 
+from broker.console import size
 from broker.errors import ImgpullError
 from privhelper import protocol
 
@@ -192,7 +193,17 @@ def translate(answer: dict[str, Any]) -> ImgpullError:
     what = f"root helper: {answer.get('message', 'no message')}"
     if answer.get("code") == "not_found" and answer.get("rule") == "layer_absent":
         return LayerAbsentError("busy", what, **details)
-    return ImgpullError(code, what, **details)
+    return ImgpullError(code, what, _lacking(details.get("figures", {})), **details)
+
+
+def _lacking(figures: dict[str, Any]) -> str:
+    """Return in words what a pool lacks, nothing where the answer is about something else."""
+    lacks = []
+    for word in ("", "metadata_"):
+        needed, free = figures.get(f"needed_{word}bytes"), figures.get(f"free_{word}bytes")
+        if isinstance(needed, int) and isinstance(free, int) and needed > free:
+            lacks.append(f"{size(needed)} of {word.rstrip('_') or 'data'} needed, {size(free)} free")
+    return "; ".join(lacks)
 
 
 @asynccontextmanager

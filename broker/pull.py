@@ -507,7 +507,9 @@ async def _activate(
     taken = await app.read(store.activation, name)
     wanted = (ref, layer, mode, size or (taken.size if taken else 0))
     if taken is not None and (taken.ref, taken.layer, taken.mode, taken.size) != wanted and taken.is_live():
-        what = f"a {taken.mode} activation of {taken.ref}" + (", of an older pull" if taken.layer != layer else "")
+        what = f"a {taken.mode} activation of {taken.ref}" + (
+            ", of an older pull" if taken.ref == ref and taken.layer != layer else ""
+        )
         raise ImgpullError(
             "busy",
             f"the name {name} is in use",

@@ -170,7 +170,7 @@ def _convert(row: Row, untrusted: Any, where: str) -> Any:
         if row.type is bool:
             value: Any = untrusted if isinstance(untrusted, bool) else _boolean(untrusted)
         elif row.type is int:
-            value = untrusted if type(untrusted) is int else parse_size(str(untrusted))
+            value = untrusted if type(untrusted) is int else _number(row, str(untrusted))
         elif isinstance(untrusted, str):
             value = untrusted
         else:
@@ -182,6 +182,15 @@ def _convert(row: Row, untrusted: Any, where: str) -> Any:
     except (ValueError, TypeError, AttributeError) as error:
         raise ImgpullError("configuration", f"{where}: `{row.name}` is wrong", str(error)) from error
     return value
+
+
+def _number(row: Row, text: str) -> int:
+    """Return a number; one of bytes may be written as a size."""
+    if row.unit.startswith("bytes"):
+        return parse_size(text)
+    if not text.isdecimal():
+        raise ValueError(f"expected a whole number, got {text!r}")
+    return int(text)
 
 
 def _boolean(text: str) -> bool:

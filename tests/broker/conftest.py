@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.world import world as world
+
 MEMORY = Path("/dev/shm")  # a death by signal loses nothing that was written, wherever it lies
 ROWS: pytest.StashKey[dict[tuple[str, str], list[tuple[str, str]]]] = pytest.StashKey()
 

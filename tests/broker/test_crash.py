@@ -19,9 +19,9 @@ from broker import work
 from broker.machine import Hooks
 from broker.pull import MACHINES
 from tests.broker.fake_helper import HangUpError
-from tests.broker.test_pull import REF, World, world
+from tests.broker.test_pull import REF
+from tests.support.world import World
 
-__all__ = ["world"]
 OTHER = "s3://bucket/images/two"
 killed: list[str] = []
 

@@ -68,7 +68,7 @@ def test_misspelt_key_names_line_and_nearest_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('max_streams = "many"', "expected a size"),
+        ('max_streams = "many"', "expected a whole number"),
         ("region = 4", "expected text"),
         ('quirks = "minio"', "expected one of"),
         ("no_sign_request = 1", "max_streams"),
