@@ -127,7 +127,12 @@ async def fetch_layer(run: Run[LayerRequest]) -> Blob:
         _expect(asked, digest)
         known = await app.read(store.chained, asked.chain)
         if app.paths.blob(digest).exists() or (known and await app.read(store.is_committed, known[0])):
-            run.on_commit(lambda db: store.record_pin(db, asked.origin, asked.pin, digest))
+
+            def reuse(db: Any) -> None:
+                store.touch_blob(db, digest)
+                store.record_pin(db, asked.origin, asked.pin, digest)
+
+            run.on_commit(reuse)
             return Blob(digest=digest, transferred=0)
     app.report.stage(asked.chain, "fetching", 0, asked.pin.size)
     session = await app.fetcher(asked.endpoint)
@@ -137,7 +142,6 @@ async def fetch_layer(run: Run[LayerRequest]) -> Blob:
         lambda done: app.report.stage(asked.chain, "fetching", done, asked.pin.size),
         lambda message: app.report.notice(f"{label(asked.pin.key)}: {message}", layer=label(asked.pin.key)),
     )
-
     app.report.stage(asked.chain, "fetching", asked.pin.size, asked.pin.size)
     app.report.stage(asked.chain, "waiting", 0, asked.pin.size)
 
@@ -195,6 +199,18 @@ async def _lower_layer(run: Run[LayerRequest]) -> str | None:
             await trio.sleep(LOWER_POLL_S)
 
 
+async def _blob_fd(run: Run[LayerRequest], digest: str) -> int:
+    """Open a blob of the cache for reading; one that somebody has removed is fetched again."""
+    app, asked = _app(run), run.request
+    path = app.paths.blob(digest)
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            session = await app.fetcher(asked.endpoint)
+            await session.fetch(asked.pin, digest)
+
+
 async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> protocol.Accepted:
     """Run the checker on a blob; publish its manifest and, for a compressed blob, its payload."""
     app, asked = _app(run), run.request
@@ -205,7 +221,7 @@ async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> pro
             for layer in await app.read(store.chain_of, parent):
                 lower.append(await app.manifest_fd(layer))
                 stack.callback(os.close, lower[-1])
-            blob = os.open(app.paths.blob(digest), os.O_RDONLY | os.O_CLOEXEC)
+            blob = await _blob_fd(run, digest)
             stack.callback(os.close, blob)
             manifest = stack.enter_context(nameless_file(app.paths.manifest("x").parent))
             payload = (
@@ -274,32 +290,40 @@ async def commit_layer(run: Run[LayerRequest]) -> Committed:
 async def _commit(run: Run[LayerRequest], root: Helper, checked: Checked) -> bool:
     """Hand manifest and payload to root. Returns: whether somebody else had made the layer meanwhile."""
     app, asked = _app(run), run.request
-    digest = run.result("fetch", Blob).digest
-    path = app.paths.blob(digest) if asked.media == "tar" else app.paths.payload(digest)
-    if not path.exists():
-        # The verdict was known, so nothing was checked now; but root lost the layer, and its bytes are needed again.
-        if not app.paths.blob(digest).exists():
-            session = await app.fetcher(asked.endpoint)
-            await session.fetch(asked.pin, digest)
-        if asked.media != "tar":
-            again = await _check(run, digest, checked.parent)
-            if again.layer != checked.layer:
-                raise ImgpullError("bug", "the same bytes made two different layers", f"{again.layer}, {checked.layer}")
     app.report.stage(asked.chain, "committing")
     total = await app.read(store.content_bytes, checked.layer)
     with ExitStack() as stack:
         plain = await app.manifest_fd(checked.layer)
         stack.callback(os.close, plain)
         manifest = stack.enter_context(sealed_copy(plain))
-        payload = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        payload = await _payload_fd(run, checked)
         stack.callback(os.close, payload)
-        layer, existed = await root.commit(
-            manifest, payload, lambda _, done: app.report.stage(asked.chain, "committing", done, total)
-        )
+        try:
+            layer, existed = await root.commit(
+                manifest, payload, lambda _, done: app.report.stage(asked.chain, "committing", done, total)
+            )
+        except ImgpullError as error:
+            if error.problem.code == "digest-mismatch":  # the cache is not what was checked: the next pull fetches anew
+                app.paths.blob(run.result("fetch", Blob).digest).unlink(missing_ok=True)
+            raise
     app.report.stage(asked.chain, "committing", total, total)
     if layer != checked.layer:
         raise ImgpullError("bug", "root computed another id for the layer", f"{layer}, not {checked.layer}")
     return existed
+
+
+async def _payload_fd(run: Run[LayerRequest], checked: Checked) -> int:
+    """Open the uncompressed tar of a layer for reading; what is not there is made again from the blob."""
+    app, asked = _app(run), run.request
+    digest = run.result("fetch", Blob).digest
+    if asked.media == "tar":
+        return await _blob_fd(run, digest)
+    path = app.paths.payload(digest)
+    if not path.exists():  # the verdict was known, so nothing was checked now; but root lacks the layer
+        again = await _check(run, digest, checked.parent)
+        if again.layer != checked.layer:
+            raise ImgpullError("bug", "the same bytes made two different layers", f"{again.layer}, {checked.layer}")
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 async def drop_payload(run: Run[LayerRequest], outcome: Outcome) -> None:
@@ -677,14 +701,19 @@ async def removable(app: App) -> list[str]:
 async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]]:
     """Remove blobs beyond the cache's size, least recently used first. Returns: digest and bytes of each.
 
-    A blob that a pull at work has fetched is younger than the pull, so it is the last to go.
+    What a layer at work has fetched stays, however large it is.
     """
     blobs = await app.read(store.blobs_by_age)
     total = sum(count for _, count in blobs)
-    chosen = []
+    chosen: list[tuple[str, int]] = []
+    if total <= app.settings.cache_size:
+        return chosen
+    used = await _blobs_in_use(app)
     for digest, count in blobs:
         if total <= app.settings.cache_size:
             break
+        if digest in used:
+            continue
         total -= count
         chosen.append((digest, count))
     if not dry_run and chosen:
@@ -694,6 +723,16 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
             for digest, _ in chosen:
                 store.forget_blob(db, digest)
     return chosen
+
+
+async def _blobs_in_use(app: App) -> set[str]:
+    """Return the digests of the blobs that layers at work, of any process, have fetched."""
+    used = set()
+    for active in await app.read(lambda _: app.engine.lookup.runs("layer", active_only=True)):
+        results = await app.read(lambda _, run=active: app.engine.lookup.results(run))  # type: ignore[misc]
+        if "fetch" in results:
+            used.add(Blob.model_validate_json(results["fetch"]).digest)
+    return used
 
 
 def drop_partials(app: App, *, dry_run: bool = False) -> list[str]:

@@ -407,6 +407,11 @@ def forget_blob(db: sqlite3.Connection, digest: str) -> None:
     db.execute("DELETE FROM blob WHERE digest = ?", (digest,))
 
 
+def touch_blob(db: sqlite3.Connection, digest: str) -> None:
+    """Note that a blob, if it is in the cache, was used just now."""
+    db.execute("UPDATE blob SET used_ms = ? WHERE digest = ?", (now_ms(), digest))
+
+
 def record_pin(db: sqlite3.Connection, endpoint: str, pin: Any, digest: str) -> None:
     """Note what an object held."""
     db.execute(

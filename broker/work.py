@@ -183,6 +183,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
         resolved = outcome.result("resolve", machines.Resolved)
+        await machines.trim_cache(app)
         changed = [s.number for s, o in zip(resolved.layers, old, strict=False) if s.pin.etag != o["etag"]]
         if refresh and before is not None:
             changed += range(min(len(old), len(resolved.layers)) + 1, max(len(old), len(resolved.layers)) + 1)
