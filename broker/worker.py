@@ -34,6 +34,7 @@ FETCH_VARIABLES: Final = (
     "LANG",
     "LC_ALL",
     "TZ",
+    "REQUESTS_CA_BUNDLE",  # botocore takes it where AWS_CA_BUNDLE is not set
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
     "XDG_CONFIG_HOME",
@@ -80,6 +81,13 @@ def _ending(returncode: int, last_words: bytes) -> str:
     }
     number = -returncode
     return names.get(signal.Signals(number), f"it was killed by signal {number}") + words
+
+
+CHECK_ENDS: Final[dict[int, tuple[str, str]]] = {  # the exit codes of unpriv.check that are no fault of the archive
+    73: ("no-room", "the checker has no room for what it writes"),
+    74: ("io-error", "the checker could not read or write"),
+    78: ("configuration", "the checker refuses to start"),
+}
 
 
 class CheckError(ImgpullError):
@@ -133,8 +141,9 @@ async def check(
             await _end(process)
     if scope.cancelled_caught:
         raise CheckError("worker-failed", f"the checker did not end within {deadline_s:.0f} s", "it was killed")
-    if process.returncode == 78:
-        raise CheckError("configuration", "the checker refuses to start", _ending(78, bytes(last_words)))
+    if process.returncode in CHECK_ENDS:
+        code, what = CHECK_ENDS[process.returncode]
+        raise CheckError(code, what, _ending(process.returncode, bytes(last_words)))
     if verdict is None or process.returncode not in (0, 65):
         raise CheckError(
             "worker-failed", "the checker gave no verdict", _ending(process.returncode or 0, bytes(last_words))
