@@ -32,7 +32,8 @@ FetchCode = Literal[
 class Message(BaseModel):
     """A frozen message with exactly its declared fields."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    # Validators are built at their first use: a checker needs one of all these, and starts 15 ms earlier.
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
 
 # ---------------------------------------------------------------- unpriv.check

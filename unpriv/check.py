@@ -2,12 +2,14 @@
 
 Rule 1: everything that needs files, imports or threads happens before the lock; the first hostile byte after it.
 Rule 2: one line of JSON a report on descriptor 1, the last one a verdict; one last line on 2 if all else fails.
-Rule 3: it ends by os._exit: 0 accepted, 65 rejected, 70 a mistake of this program, 78 limits or sandbox unusable.
+Rule 3: it ends by os._exit: 0 accepted, 65 rejected, 70 a mistake of this program, 73 no room for what it writes, 74
+reading or writing failed, 78 limits, rules or sandbox unusable.
 
 Started as ``python -I -m unpriv.check JOB`` with LC_ALL=C.UTF-8 and no other variable; JOB is a CheckJob of
 broker/protocol.py in JSON.
 """
 
+import errno
 import fcntl
 import gc
 import json
@@ -24,11 +26,10 @@ from typing import Any, Final, NoReturn
 # them takes a fifth of its start.
 os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
 
-import zstandard
 from pydantic import ValidationError
 
 from broker.protocol import CheckJob
-from unpriv import kernel, limits, pipeline, sandbox
+from unpriv import kernel, limits, pipeline, rulebook, sandbox
 from unpriv.blob import Blob, FileBlob, MemoryBlob
 from unpriv.decompress import FILTER_OF_MEDIA
 from unpriv.findings import Findings
@@ -43,15 +44,18 @@ _CPU_GRACE_S: Final = 10  # by which the kernel's limit lies above our own
 # The hashing thread asks for the interpreter only to begin its next file: with Python's 5 ms it would wait most of the
 # time (measured with CPython 3.11: 3.4 s instead of 1.7 s for 860 MB).
 _SWITCH_S: Final = 0.00002
-_ACCEPTED, _REJECTED, _SOFTWARE, _CONFIG = 0, 65, 70, 78  # sysexits.h
+_ACCEPTED, _REJECTED, _SOFTWARE, _NO_ROOM, _IO_ERROR, _CONFIG = 0, 65, 70, 73, 74, 78  # sysexits.h
+_CODES: Final = {errno.ENOSPC: _NO_ROOM, errno.EDQUOT: _NO_ROOM, errno.EFBIG: _NO_ROOM, errno.EIO: _IO_ERROR}
 
 
 def main() -> NoReturn:
     """Run one check and end the process."""
     try:
         code = _check(sys.argv[1:])
-    except (limits.LimitsError, sandbox.SandboxError) as error:
+    except (limits.LimitsError, rulebook.RulebookError, sandbox.SandboxError) as error:
         code = _last_words(_CONFIG, error)
+    except OSError as error:
+        code = _last_words(_CODES.get(error.errno or 0, _SOFTWARE), error)
     except BaseException as error:  # the traceback printer would open source files, which the sandbox answers by death
         code = _last_words(_SOFTWARE, error)
     os._exit(code)
@@ -69,6 +73,7 @@ def _last_words(code: int, error: BaseException) -> int:
 def _check(arguments: list[str]) -> int:
     job = _job(arguments)
     in_force = limits.load()
+    rulebook.verify()
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     kernel.single_arena()
     sys.setswitchinterval(_SWITCH_S)
@@ -77,7 +82,7 @@ def _check(arguments: list[str]) -> int:
     blob = _open(_BLOB)
     lowers = [_open(_LOWER + number) for number in range(lower_count)]
     hasher = Hasher()
-    _warm_up(hasher, in_force)
+    _warm_up(job.media, hasher, in_force)
     sandbox.lock("check", sandbox.Rules(), rlimits(in_force, lower_count), start_threads=hasher.start)
     findings = Findings(in_force, job.layer_number, job.all_violations)
     outputs = pipeline.Outputs(
@@ -142,19 +147,16 @@ def rlimits(in_force: limits.Limits, lower_count: int) -> dict[str, int]:
     }
 
 
-def _warm_up(hasher: Hasher, in_force: limits.Limits) -> None:
-    """Check a small archive in every allowed compression, with a hashing thread that ends again.
+def _warm_up(media: str, hasher: Hasher, in_force: limits.Limits) -> None:
+    """Check a small archive in the compression of the job, with a hashing thread that ends again.
 
-    After this, every module is imported, every codec and table loaded, every callback made.
+    After this, every module that the job can need is imported, every codec and table loaded, every callback made.
     """
     hasher.start()
-    tar = _small_tar()
-    for media, compressed in (("tar", tar), ("tar+gzip", _gzip(tar)), ("tar+zstd", zstandard.compress(tar))):
-        if FILTER_OF_MEDIA[media] in in_force.stream.filters:
-            _rehearse(media, compressed, hasher, in_force)
-    for media in ("tar+bzip2", "tar+xz"):
-        if FILTER_OF_MEDIA[media] in in_force.stream.filters:
-            _rehearse(media, _UNREADABLE, hasher, in_force)
+    if FILTER_OF_MEDIA[media] in in_force.stream.filters:
+        _rehearse(media, _compressed(media, _small_tar()), hasher, in_force)
+    else:  # it will be refused by its name; the words for that are made ready
+        _rehearse("tar", _small_tar(), hasher, in_force)
     hasher.stop()
     gc.collect()
     gc.freeze()
@@ -168,8 +170,16 @@ def _rehearse(media: str, data: bytes, hasher: Hasher, in_force: limits.Limits) 
         raise RuntimeError(f"the rehearsal was refused: {report['violations']}")
 
 
-def _gzip(data: bytes) -> bytes:
-    return zlib.compress(data, 1, 31)
+def _compressed(media: str, data: bytes) -> bytes:
+    if media == "tar":
+        return data
+    if media == "tar+gzip":
+        return zlib.compress(data, 1, 31)
+    if media == "tar+zstd":
+        import zstandard
+
+        return zstandard.compress(data)
+    return _UNREADABLE
 
 
 def _small_tar() -> bytes:

@@ -11,7 +11,6 @@ from unpriv.blob import Blob, Input
 from unpriv.gzip_source import GzipSource
 from unpriv.limits import Limits
 from unpriv.rulebook import RejectedError, rule
-from unpriv.zstd_source import ZstdSource
 
 COMPRESSION_WRONG: Final = rule("compression_wrong")
 COMPRESSION_NOT_ALLOWED: Final = rule("compression_not_allowed")
@@ -49,6 +48,8 @@ def open_source(media: str, blob: Blob, limits: Limits, tick: Callable[[], None]
     if name == "gzip":
         return GzipSource(blob, limits, tick)
     if name == "zstd":
+        from unpriv.zstd_source import ZstdSource  # only where it is needed: loading libzstd takes a tenth of the start
+
         return ZstdSource(blob, limits, tick)
     return LibrarySource(blob, limits, tick, name)
 

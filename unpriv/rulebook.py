@@ -1,9 +1,10 @@
 """The names of the rules, and the error that a broken one raises.
 
-Rule 1: a rule has one stable name, described in policy/rules.toml; a module that uses a name which is not described
-there does not load, and so the checker does not start.
+Rule 1: a rule has one stable name, described in policy/rules.toml; where a module uses a name that is not described
+there, verify() says so and the checker does not start.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Final
@@ -15,31 +16,51 @@ _FIELDS: Final = {"kind", "forbids", "why", "source"}
 
 
 class RulebookError(Exception):
-    """policy/rules.toml lacks a rule that the program uses, or describes one badly."""
+    """policy/rules.toml cannot be used: the message names the file, the line and what is wrong."""
 
 
 def load(path: Path = BOOK) -> dict[str, dict[str, str]]:
     """Return every described rule. Raises RulebookError when a description is not whole."""
     try:
-        book = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text("utf-8")
+        book = tomllib.loads(text)
+    except (OSError, ValueError) as error:  # of TOML, the message ends with "(at line N, column M)"
         raise RulebookError(f"{path}: {error}") from error
     for name, row in book.items():
-        if not isinstance(row, dict) or row.keys() != _FIELDS or row["kind"] not in _KINDS:
-            raise RulebookError(f"{path}: [{name}] needs exactly {sorted(_FIELDS)}, and a kind of {_KINDS}")
+        where = f"{path}:{_line(text, name)}: [{name}]"
+        if not isinstance(row, dict) or row.keys() != _FIELDS or not all(isinstance(v, str) for v in row.values()):
+            raise RulebookError(f"{where} needs exactly {', '.join(sorted(_FIELDS))}, each a string")
+        if row["kind"] not in _KINDS:
+            raise RulebookError(f"{where} is of kind {row['kind']!r}, expected one of {', '.join(_KINDS)}")
     return book
 
 
-_BOOK: Final = load()
-DECLARED: Final[set[str]] = set()  # what the loaded modules use
+def _line(text: str, name: str) -> int:
+    """Return the number of the line that opens a table or sets a key; 1 when it is not written plainly."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"\s*(\[\s*)?[\"']?{re.escape(name)}[\"']?\s*(?(1)\]|=)", line):
+            return number
+    return 1
+
+
+DECLARED: Final[dict[str, str]] = {}  # the rules that the loaded modules use, and their kinds
 
 
 def rule(name: str, kind: str = "refuse") -> str:
-    """Return the name of a described rule, so that a module can raise it."""
-    if _BOOK.get(name, {}).get("kind") != kind:
-        raise RulebookError(f"{BOOK}: the program uses [{name}] of kind {kind!r}, which is not described")
-    DECLARED.add(name)
+    """Return the name of a rule, so that a module can raise it; verify() looks whether it is described."""
+    DECLARED[name] = kind
     return name
+
+
+def verify(path: Path = BOOK) -> None:
+    """Compare the rules of the loaded modules with the book. Raises RulebookError where one is not described."""
+    book = load(path)
+    for name, kind in DECLARED.items():
+        if name not in book:
+            raise RulebookError(f"{path}: the program uses [{name}], which is not described")
+        if book[name]["kind"] != kind:
+            line = _line(path.read_text("utf-8"), name)
+            raise RulebookError(f"{path}:{line}: [{name}] is of kind {book[name]['kind']!r}, expected {kind!r}")
 
 
 class RejectedError(Exception):

@@ -174,8 +174,8 @@ def main() -> None:
     warm_up = check._warm_up
     handed_over: SimpleQueue[Callable[[], object]] = SimpleQueue()
 
-    def warm_up_and_arm(hasher: Any, in_force: Any) -> None:
-        warm_up(hasher, in_force)
+    def warm_up_and_arm(media: Any, hasher: Any, in_force: Any) -> None:
+        warm_up(media, hasher, in_force)
         start = hasher.start
 
         def start_both() -> None:

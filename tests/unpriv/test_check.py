@@ -20,7 +20,7 @@ from tests.support.accounts import Account
 from tests.unpriv.checking import MEASURED, check, run_program
 from tests.unpriv.tarbytes import directory, member, symlink, tar
 from unpriv import check as program
-from unpriv import limits
+from unpriv import limits, rulebook
 
 HONEST = tar(directory(b"d"), member(b"d/f", b"x" * 100_000), symlink(b"l", b"d"), member("é".encode(), b"1"))
 COMMAND = [sys.executable, "-I", "-m", "unpriv.check"]
@@ -166,6 +166,31 @@ def test_ends(tmp_path: Path, lines: str, code: int, said: str) -> None:
     assert ran.code == code
     assert said in ran.last_words
     assert ran.lines == []
+
+
+def test_a_broken_rulebook_is_a_matter_of_configuration(tmp_path: Path) -> None:
+    book = blob(tmp_path, rulebook.BOOK.read_bytes().replace(b"\nkind = ", b"\nkinds = ", 1), "rules.toml")
+    lines = (
+        f"import pathlib\nverify = c.rulebook.verify\nc.rulebook.verify = lambda: verify(pathlib.Path({str(book)!r}))"
+    )
+    ran = run_program(blob(tmp_path, HONEST), command=patched(lines))
+    assert (ran.code, ran.lines) == (78, [])
+    line = next(n for n, text in enumerate(book.read_text("utf-8").splitlines(), 1) if text.startswith("["))
+    assert f"{book}:{line}: [" in ran.last_words
+
+
+@pytest.mark.parametrize("output", ["manifest_fd", "payload_fd"])
+def test_no_room_for_what_it_writes(tmp_path: Path, output: str) -> None:
+    """/dev/full answers every write as a full disk does (full(4))."""
+    media = "tar+gzip" if output == "payload_fd" else "tar"
+    data = gzip.compress(HONEST) if output == "payload_fd" else HONEST
+    with blob(tmp_path, data).open("rb") as source, open("/dev/full", "wb", buffering=0) as full:
+        ended = subprocess.run(
+            [*COMMAND, json.dumps({"media": media, output: full.fileno()})],
+            stdin=source, capture_output=True, env={"LC_ALL": "C.UTF-8"}, pass_fds=[full.fileno()], check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (73, b"")
+    assert b"No space left on device" in ended.stderr
 
 
 def armed(lines: str) -> list[str]:

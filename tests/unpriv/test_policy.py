@@ -127,14 +127,14 @@ def test_packaged_limits_lie_within_the_protocol() -> None:
 # ---------------------------------------------------------------- rules
 
 
-def declared() -> set[str]:
+def declared() -> dict[str, str]:
     for module in pkgutil.iter_modules(unpriv.__path__):
         import_module(f"unpriv.{module.name}")
     return rulebook.DECLARED
 
 
 def test_every_rule_is_described_and_every_description_is_used() -> None:
-    assert declared() == set(rulebook.load())
+    assert declared() == {name: row["kind"] for name, row in rulebook.load().items()}
 
 
 def test_every_refusal_has_a_test_that_meets_it() -> None:
@@ -144,15 +144,30 @@ def test_every_refusal_has_a_test_that_meets_it() -> None:
     assert [name for name in rulebook.load() if f'"{name}"' not in text] == []
 
 
-def test_a_rule_that_is_not_described_stops_the_program(tmp_path: Path) -> None:
-    with pytest.raises(RulebookError):
-        rulebook.rule("no_such_rule")
-    with pytest.raises(RulebookError):
-        rulebook.rule("path_empty", "drop")
+WHOLE = 'forbids = "x"\nwhy = "y"\nsource = "z"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[other]\nkind = "refuse"\n' + WHOLE, ": the program uses [some_rule], which is not described"),
+        ('\n[some_rule]\nkind = "drop"\n' + WHOLE, ":2: [some_rule] is of kind 'drop', expected 'refuse'"),
+        ('\n\n[some_rule]\nkind = "refuses"\n' + WHOLE, ":3: [some_rule] is of kind 'refuses', expected one of"),
+        ('[a]\nkind = "drop"\n' + WHOLE + '[some_rule]\nkind = "refuse"\n', ":6: [some_rule] needs exactly forbids,"),
+        ('[some_rule]\nkind = "refuse"\nforbids = 1\nwhy = "y"\nsource = "z"\n', ":1: [some_rule] needs exactly"),
+        ("some_rule = 3\n", ":1: [some_rule] needs exactly"),
+        ("[some_rule]\nkind = \n", "line 2"),
+    ],
+)
+def test_a_rule_that_is_not_described_stops_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
     path = tmp_path / "rules.toml"
-    path.write_text('[path_empty]\nkind = "refuse"\nforbids = "x"\n', "utf-8")
-    with pytest.raises(RulebookError):
-        rulebook.load(path)
+    path.write_text(text, "utf-8")
+    monkeypatch.setattr(rulebook, "DECLARED", {"some_rule": "refuse"})
+    with pytest.raises(RulebookError) as caught:
+        rulebook.verify(path)
+    assert f"{path}" in str(caught.value) and said in str(caught.value)
 
 
 @pytest.mark.parametrize(
