@@ -78,6 +78,12 @@ CATALOGUE: Final[dict[str, Kind]] = {
         "move it away: images are not lost, the next pull finds their layers again",
     ),
     "busy": Kind(75, "Somebody else holds what is needed, or it is in use.", "try again", retryable=True),
+    "object-changed": Kind(
+        75,
+        "An object in S3 changed while it was fetched, several times in a row.",
+        "pull again when nobody writes to the image",
+        retryable=True,
+    ),
     "interrupted": Kind(75, "Stopped on request. What was done is kept.", "run the same command again", retryable=True),
     "version-mismatch": Kind(76, "The root helper speaks another version.", "install the same version of both"),
     "access-denied": Kind(

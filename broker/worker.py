@@ -332,7 +332,7 @@ FETCH_CODES: Final[dict[str, str]] = {
     "unavailable": "s3-unavailable",
     "timed_out": "s3-unavailable",
     "too_slow": "s3-unavailable",
-    "changed": "busy",
+    "changed": "object-changed",
     "digest_mismatch": "digest-mismatch",
     "too_large": "digest-mismatch",
     "no_space": "no-room",

@@ -68,6 +68,7 @@ HINTS: Final[dict[FetchCode, str]] = {
     "credentials_missing": "no AWS credentials found; set AWS_PROFILE, or use --no-sign-request for a public bucket",
     "credentials_rejected": "the server does not accept these credentials",
     "wrong_region": "the bucket is in another region; set --region",
+    "changed": "the object changed after it was listed",
 }
 
 
@@ -175,6 +176,8 @@ def _translate_reply(error: Any, doing: str) -> FetchError:
             retry_after_s=_retry_after_s(untrusted),
             throttled=code in THROTTLES or status in (429, 503),
         )
+    if meaning is None and status in (302, 303, 307, 308):
+        return FetchError("bad_response", f"cannot {doing}: the server redirects, which is not followed")
     if meaning is None:
         return FetchError("bad_response", f"cannot {doing}: {code}, status {status}")
     said = quote(untrusted.get("Error", {}).get("Message", ""))
@@ -182,7 +185,7 @@ def _translate_reply(error: Any, doing: str) -> FetchError:
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         hint = "this machine's clock differs from the server's"
     return FetchError(
-        meaning, f"cannot {doing}: {'; '.join(t for t in (hint, said, code) if t)}", retryable=meaning == "changed"
+        meaning, f"cannot {doing}: {'; '.join(dict.fromkeys(t for t in (hint, said, code) if t))}", retryable=meaning == "changed"
     )
 
 
