@@ -39,7 +39,6 @@ CREATE TABLE device(
   mode TEXT,
   size INTEGER NOT NULL DEFAULT 0,
   asked_size INTEGER NOT NULL DEFAULT 0,
-  node TEXT,
   created INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX one_layer ON device(layer) WHERE kind = 'layer' AND state <> 'removing';
@@ -91,6 +90,25 @@ class Ledger:
         query = "SELECT * FROM device WHERE kind = 'activation' AND uid = ? AND name = ? AND state <> 'removing'"
         return self.one(query, uid, name)
 
+    def layers(self) -> list[Row]:
+        """Return every layer that is sealed or on its way there."""
+        return self.all("SELECT * FROM device WHERE kind = 'layer' AND state <> 'removing' ORDER BY dev")
+
+    def activations(self, uid: int) -> list[Row]:
+        """Return a user's activations, and no one else's."""
+        query = "SELECT * FROM device WHERE kind = 'activation' AND uid = ? AND state = 'granted' ORDER BY dev"
+        return self.all(query, uid)
+
+    def claims(self, layer: str) -> set[int]:
+        """Return the users who have shown the whole of a layer."""
+        return {row["uid"] for row in self.all("SELECT uid FROM claim WHERE layer = ?", layer)}
+
+    def users(self, layer: str) -> int:
+        """Return how many layers, activations and copies stand on a layer."""
+        query = """SELECT count(*) FROM device WHERE state <> 'removing' AND
+          (kind = 'layer' AND parent = ?1 OR kind <> 'layer' AND layer = ?1)"""
+        return int(self.one(query, layer)[0])
+
     def device(self, dev: int) -> Any:
         """Return the row of a device, or None."""
         return self.one("SELECT * FROM device WHERE dev = ?", dev)
@@ -113,10 +131,11 @@ class Ledger:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:  # not after an error that made SQLite roll back by itself
+                self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     def intend(self, kind: str, layer: str, uid: int, **columns: Any) -> int:
         """Write down a device that is about to be created, lock its number, return the number.
@@ -131,20 +150,18 @@ class Ledger:
             raise RuntimeError(f"lock of the fresh device {row['dev']} is taken")
         return int(row["dev"])
 
-    def record(self, dev: int, state: str, trans: int | None = None, **columns: Any) -> None:
+    def record(self, dev: int, state: str, trans: int | None = None) -> None:
         """Write down that a device reached a state, and with it the pool's transaction id when that moved."""
-        columns = {"state": state, **columns}
-        assignments = ", ".join(f"{name} = ?" for name in columns)
-        query = f"UPDATE device SET {assignments} WHERE dev = ?"  # noqa: S608 the names are our own, the values bound
         with self.transaction():
-            self.one(query, *columns.values(), dev)
+            self.one("UPDATE device SET state = ? WHERE dev = ?", state, dev)
             if trans is not None:
                 self.one("UPDATE pool SET trans = ?", trans)
 
     def forget(self, dev: int, trans: int) -> None:
-        """Write down that a device is gone."""
+        """Write down that a device is gone, and the claims with it if it was a layer that stands nowhere else."""
         with self.transaction():
             self.one("DELETE FROM device WHERE dev = ?", dev)
+            self.one("DELETE FROM claim WHERE layer NOT IN (SELECT layer FROM device WHERE kind = 'layer')")
             self.one("UPDATE pool SET trans = ?", trans)
 
     def adopt_pool(self, identity: str, trans: int) -> None:
@@ -152,9 +169,30 @@ class Ledger:
         with self.transaction():
             self.one("INSERT INTO pool VALUES(1, ?, ?)", identity, trans)
 
-    def claim(self, layer: str, uid: int) -> None:
-        """Write down that a user has shown the whole of a layer."""
-        self.one("INSERT OR IGNORE INTO claim VALUES(?, ?)", layer, uid)
+    def claim(self, layer: str, uid: int) -> bool:
+        """Write down that a user has shown the whole of a layer; return whether it is there, and sealed."""
+        with self.transaction():
+            row = self.layer(layer)
+            if row is None or row["state"] != "sealed":
+                return False
+            self.one("INSERT OR IGNORE INTO claim VALUES(?, ?)", layer, uid)
+            return True
+
+    def seal(self, dev: int, layer: str, uid: int) -> None:
+        """Write down that a layer is whole and on disk, and whose it is: no layer is without a claim."""
+        with self.transaction():
+            self.one("UPDATE device SET state = 'sealed', reserved = 0 WHERE dev = ?", dev)
+            self.one("INSERT OR IGNORE INTO claim VALUES(?, ?)", layer, uid)
+
+    def retire(self, dev: int) -> None:
+        """Mark a layer to go, and drop every claim on it. In a transaction of the caller's."""
+        self.one("DELETE FROM claim WHERE layer = (SELECT layer FROM device WHERE dev = ?)", dev)
+        self.one("UPDATE device SET state = 'removing' WHERE dev = ?", dev)
+
+    def hand_over(self, dev: int, uid: int, heir: int) -> None:
+        """Drop a user's claim on a layer; if its quota carried the layer, the heir's does now. In a transaction too."""
+        self.one("DELETE FROM claim WHERE uid = ? AND layer = (SELECT layer FROM device WHERE dev = ?)", uid, dev)
+        self.one("UPDATE device SET uid = ? WHERE dev = ? AND uid = ?", heir, dev, uid)
 
     # ------------------------------------------------------------ locks
 

@@ -11,10 +11,11 @@ Rule 3: memory does not grow with the manifest: lines are read by pread, from a 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
 from privhelper import protocol
+from privhelper.errors import AnswerError
 
 _CHUNK_BYTES: Final = 1 << 18
 _NUMBER: Final = rb"(0|[1-9][0-9]{0,19})"
@@ -54,13 +55,14 @@ _HEADER: Final = _form(
 )  # fmt: skip
 
 
-class RejectedError(Exception):
+class RejectedError(AnswerError):
     """The manifest or the payload is wrong. ``entry`` is the number of the operation, 0 for the first line."""
 
+    rule: str
+    entry: int
+
     def __init__(self, rule: str, entry: int, message: str) -> None:
-        super().__init__(message)
-        self.rule = rule
-        self.entry = entry
+        super().__init__("rejected", message, rule, entry)
 
 
 class Header(NamedTuple):
@@ -115,7 +117,12 @@ def _too_long(number: int) -> RejectedError:
     return RejectedError("manifest_form", number, f"a line of {protocol.MAX_LINE_BYTES} bytes or more")
 
 
-def parse_header(line: bytes, limits: dict[str, int]) -> Header:
+def read_header(manifest: int, limits: Mapping[str, int]) -> Header:
+    """Check the first line of an open manifest; raises as the other two do."""
+    return parse_header(next(lines(manifest), b""), limits)
+
+
+def parse_header(line: bytes, limits: Mapping[str, int]) -> Header:
     """Check the first line.
 
     Raises:

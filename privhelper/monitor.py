@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from privhelper import kernel, protocol
-from privhelper.answers import AnswerError, Answers, GoneError, log
+from privhelper.answers import Answers
+from privhelper.devices import log
+from privhelper.errors import AnswerError, GoneError
 from privhelper.policy import Policy
 from privhelper.protocol import Message, ProtocolError
-from privhelper.stores.base import StoreError
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -55,6 +56,8 @@ class Connection:
             )
         except TimeoutError:
             raise ProtocolError(f"silent for {timeout_s} s") from None
+        except ConnectionResetError:  # it went away with answers unread
+            return b"", []
         descriptors = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -132,12 +135,10 @@ def _answer(
         body, returned = handler(fields, brought)
         reply = {"type": "ok", **body}
     except AnswerError as error:
-        reply = _refusal(error.code, str(error), error.rule, error.entry, error.figures)
-    except StoreError as error:
-        reply = _refusal(error.code, str(error))
+        reply = _refusal(error)
     except (OSError, sqlite3.Error) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reply = _refusal("no_room" if full else "fault", str(error))
+        reply = _refusal(AnswerError("no_room" if full else "fault", str(error)))
     except GoneError:
         log(5, f"{who} outcome=gone")
         raise
@@ -152,13 +153,10 @@ def _answer(
     return bool(reply["type"] == "ok")
 
 
-def _refusal(
-    code: str, message: str, rule: str | None = None, entry: int | None = None, figures: Mapping[str, int] | None = None
-) -> Message:
-    text = message.encode("ascii", "backslashreplace").decode("ascii")[:2000]
-    return {
-        "type": "error", "code": code, "message": text, "rule": rule, "entry": entry, "figures": dict(figures or {}),
-    }  # fmt: skip
+def _refusal(error: AnswerError) -> Message:
+    text = str(error).encode("ascii", "backslashreplace").decode("ascii")[:2000]
+    told = {"code": error.code, "message": text, "rule": error.rule, "entry": error.entry, "figures": error.figures}
+    return {"type": "error", **told}
 
 
 # ---------------------------------------------------------------- descriptors

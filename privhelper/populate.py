@@ -12,16 +12,18 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from privhelper import manifest, protocol
+from privhelper.files import closing
 from privhelper.manifest import Operation, RejectedError
 
 _CHUNK_BYTES: Final = 1 << 17  # larger ones are slower: they fall out of the cache between hash and write
 _TELL_EVERY_BYTES: Final = 1 << 24
 _TELL_EVERY_ENTRIES: Final = 2_000
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # What the tree below can answer to an operation that does not fit it. Everything else is this host's fault.
 _SURPRISES: Final = (
@@ -50,21 +52,25 @@ class Progress:
             self._tell(self._entries, self._bytes)
 
 
+class Level:
+    """A directory on the way from the root to where the walk stands."""
+
+    __slots__ = ("descriptor", "number", "path_bytes", "times")
+
+    def __init__(self, descriptor: int, number: int, path_bytes: int) -> None:
+        self.descriptor, self.number, self.path_bytes = descriptor, number, path_bytes
+        status = os.fstat(descriptor)
+        self.times = (status.st_atime_ns, status.st_mtime_ns)  # access and modification, set when it is left
+
+
 class Walk:
     """The way from the root to the directory where the walk stands: one open descriptor a level."""
 
     handlers: dict[str, Callable[[Operation, int], None]]
 
     def __init__(self, root: int, limits: Mapping[str, int], tell: Tell) -> None:
-        self._limits = limits
-        self.progress = Progress(tell)
-        self.root = root
-        self._numbers = [0]
-        self._descriptors = [root]
-        self._path_bytes = [0]
-        self._modes: list[int] = []
-        self._times: list[tuple[int, int]] = []  # access and modification, set when the level is left
-        self._remember(os.fstat(root))
+        self.limits, self.progress, self.root = limits, Progress(tell), root
+        self.levels = [Level(root, 0, 0)]
 
     def into(self, operation: Operation) -> int:
         """Leave directories until the one that the operation names; return its descriptor.
@@ -72,54 +78,47 @@ class Walk:
         Raises:
             RejectedError: it is not on the way from the root to here, or the path gets too long.
         """
-        numbers = self._numbers
-        while numbers[-1] != operation.into:
-            if numbers[-1] < operation.into or len(numbers) == 1:
+        levels = self.levels
+        while levels[-1].number != operation.into:
+            if levels[-1].number < operation.into or len(levels) == 1:
                 raise RejectedError("manifest_parent", 0, f"`in` {operation.into} is no directory on the way here")
             self.leave()
-        if self._path_bytes[-1] + len(operation.name) > protocol.MAX_PATH_BYTES:
+        if levels[-1].path_bytes + len(operation.name) > protocol.MAX_PATH_BYTES:
             raise RejectedError("manifest_name", 0, f"a path above {protocol.MAX_PATH_BYTES} bytes")
-        if len(numbers) > self._limits["depth"]:
-            raise RejectedError("manifest_limit", 0, f"a path of more than {self._limits['depth']} components")
-        return self._descriptors[-1]
+        if len(levels) > self.limits["depth"]:
+            raise RejectedError("manifest_limit", 0, f"a path of more than {self.limits['depth']} components")
+        return levels[-1].descriptor
 
-    def enter(self, parent: int, operation: Operation, entry: int) -> int:
+    def enter(self, operation: Operation, entry: int) -> int:
         """Step into a directory that is really one; return its descriptor."""
-        descriptor = os.open(operation.name, _DIRECTORY, dir_fd=parent)
-        self._numbers.append(entry)
-        self._descriptors.append(descriptor)
-        self._path_bytes.append(self._path_bytes[-1] + len(operation.name) + 1)
-        self._remember(os.fstat(descriptor))
-        return descriptor
+        return self.step_into(os.open(operation.name, DIRECTORY, dir_fd=self.into(operation)), operation, entry)
+
+    def step_into(self, directory: int, operation: Operation, entry: int) -> int:
+        """Let an open directory be the innermost one."""
+        self.levels.append(Level(directory, entry, self.levels[-1].path_bytes + len(operation.name) + 1))
+        return directory
 
     def leave(self) -> None:
         """Step out of the innermost directory."""
-        self._numbers.pop()
-        self._path_bytes.pop()
-        self._modes.pop()
-        self._times.pop()
-        os.close(self._descriptors.pop())
+        os.close(self.levels.pop().descriptor)
 
-    def descend(self, folders: Sequence[bytes]) -> int:
-        """Open a directory from the root, one real directory at a time; the caller closes what is not the root."""
-        holder = self.root
-        for folder in folders:
-            try:
-                below = os.open(folder, _DIRECTORY, dir_fd=holder)
-            finally:
-                if holder != self.root:
-                    os.close(holder)
-            holder = below
-        return holder
+    @contextmanager
+    def holder_of(self, components: Sequence[bytes]) -> Iterator[int]:
+        """Hold the directory of a path from the root open, coming there by one real directory at a time."""
+        holder = os.open(".", DIRECTORY, dir_fd=self.root)
+        try:
+            for folder in components[:-1]:
+                below = os.open(folder, DIRECTORY, dir_fd=holder)
+                os.close(holder)
+                holder = below
+            yield holder
+        finally:
+            os.close(holder)
 
     def finish(self) -> None:
         """Step out of everything."""
-        while len(self._numbers) > 1:
+        while len(self.levels) > 1:
             self.leave()
-
-    def _remember(self, status: os.stat_result) -> None:
-        self._modes.append(status.st_mode)
-        self._times.append((status.st_atime_ns, status.st_mtime_ns))
 
 
 class Writer(Walk):
@@ -139,16 +138,16 @@ class Writer(Walk):
 
     def leave(self) -> None:
         """Step out, giving the directory its own times: a dir or meta what it says, any other what it had."""
-        os.utime(self._descriptors[-1], ns=self._times[-1])
+        os.utime(self.levels[-1].descriptor, ns=self.levels[-1].times)
         super().leave()
 
     def finish(self) -> None:
         """Step out of everything, the root included."""
         super().finish()
-        os.utime(self.root, ns=self._times[0])
+        os.utime(self.root, ns=self.levels[0].times)
 
     def _enter(self, operation: Operation, entry: int) -> None:
-        self.enter(self.into(operation), operation, entry)
+        self.enter(operation, entry)
 
     def _remove(self, operation: Operation, entry: int) -> None:
         parent = self.into(operation)
@@ -158,13 +157,12 @@ class Writer(Walk):
             os.unlink(operation.name, dir_fd=parent)
 
     def _dir(self, operation: Operation, entry: int) -> None:
-        parent = self.into(operation)
-        os.mkdir(operation.name, 0o700, dir_fd=parent)
-        self._describe(self.enter(parent, operation, entry), operation)
+        os.mkdir(operation.name, 0o700, dir_fd=self.into(operation))
+        self._describe(self.enter(operation, entry), operation)
 
     def _meta(self, operation: Operation, entry: int) -> None:
         if operation.name:
-            self._describe(self.enter(self.into(operation), operation, entry), operation)
+            self._describe(self.enter(operation, entry), operation)
         elif entry != 1:
             raise RejectedError("manifest_parent", 0, "only the first operation may describe the root")
         else:
@@ -179,25 +177,20 @@ class Writer(Walk):
         for raw_name, value in operation.xattrs:
             os.setxattr(directory, raw_name, value)
         os.fchmod(directory, operation.mode)
-        self._modes[-1] = operation.mode
-        self._times[-1] = (operation.mtime_ns, operation.mtime_ns)
+        self.levels[-1].times = (operation.mtime_ns, operation.mtime_ns)
 
     def _file(self, operation: Operation, entry: int) -> None:
         parent = self.into(operation)
         if operation.at + operation.size > self._payload_bytes:
             raise RejectedError("payload_range", 0, f"content ends behind the payload's {self._payload_bytes} bytes")
-        file = os.open(operation.name, _CREATE, operation.mode & 0o777, dir_fd=parent)
-        try:
+        with closing(os.open(operation.name, _CREATE, operation.mode & 0o777, dir_fd=parent)) as file:
             self._copy(file, operation)
-            if self._owner_differs(operation):
-                os.fchown(file, operation.uid, operation.gid)
+            os.fchown(file, operation.uid, operation.gid)
             for name, value in operation.xattrs:
                 os.setxattr(file, name, value)
             if operation.mode & 0o7000:
                 os.fchmod(file, operation.mode)
             os.utime(file, ns=(operation.mtime_ns, operation.mtime_ns))
-        finally:
-            os.close(file)
 
     def _copy(self, file: int, operation: Operation) -> None:
         digest = hashlib.sha256()
@@ -217,48 +210,36 @@ class Writer(Walk):
         if digest.hexdigest() != operation.sha256:
             raise RejectedError("payload_digest", 0, f"content is sha256 {digest.hexdigest()}, not {operation.sha256}")
 
-    def _owner_differs(self, operation: Operation) -> bool:
-        """Tell whether creation gave another owner; a setgid directory hands its group down (inode(7))."""
-        return bool(operation.uid or operation.gid or self._modes[-1] & stat.S_ISGID)
-
     def _symlink(self, operation: Operation, entry: int) -> None:
         parent = self.into(operation)
         os.symlink(operation.target, operation.name, dir_fd=parent)
-        if self._owner_differs(operation):
-            os.chown(operation.name, operation.uid, operation.gid, dir_fd=parent, follow_symlinks=False)
-        self._set_times(operation, parent)
-
-    def _link(self, operation: Operation, entry: int) -> None:
-        parent = self.into(operation)
-        *folders, name = operation.to
-        holder = self.descend(folders)
-        try:
-            mode = os.stat(name, dir_fd=holder, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # the link itself, as link(2) has it: never followed
-                raise RejectedError("tree_conflict", 0, "a hard link to neither a regular file nor a symbolic link")
-            os.link(name, operation.name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
-        finally:
-            if holder != self.root:
-                os.close(holder)
+        self._describe_name(operation, parent)
 
     def _make_fifo(self, operation: Operation, entry: int) -> None:
         if not self._fifo or operation.mode & 0o7000:
             raise RejectedError("fifo", 0, "named pipes are not allowed here: [populate] fifo in helper.toml")
         parent = self.into(operation)
         os.mknod(operation.name, stat.S_IFIFO | operation.mode, dir_fd=parent)
-        if self._owner_differs(operation):
-            os.chown(operation.name, operation.uid, operation.gid, dir_fd=parent, follow_symlinks=False)
-        self._set_times(operation, parent)
+        self._describe_name(operation, parent)
+
+    def _describe_name(self, operation: Operation, parent: int) -> None:
+        os.chown(operation.name, operation.uid, operation.gid, dir_fd=parent, follow_symlinks=False)
+        times = (operation.mtime_ns, operation.mtime_ns)
+        os.utime(operation.name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _link(self, operation: Operation, entry: int) -> None:
+        parent = self.into(operation)
+        with self.holder_of(operation.to) as holder:
+            mode = os.stat(operation.to[-1], dir_fd=holder, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # the link itself, as link(2) has it: never followed
+                raise RejectedError("tree_conflict", 0, "a hard link to neither a regular file nor a symbolic link")
+            os.link(operation.to[-1], operation.name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
 
     def _device(self, operation: Operation, entry: int) -> None:
         raise RejectedError("device_node", 0, "device nodes are never made: populate holds no capability of the host")
 
-    def _set_times(self, operation: Operation, parent: int) -> None:
-        times = (operation.mtime_ns, operation.mtime_ns)
-        os.utime(operation.name, ns=times, dir_fd=parent, follow_symlinks=False)
 
-
-def run(walk: Walk, manifest_file: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+def run(walk: Walk, manifest_file: int) -> tuple[int, int]:
     """Apply a whole manifest; return how many operations and how many bytes of content it had.
 
     Raises:
@@ -266,7 +247,7 @@ def run(walk: Walk, manifest_file: int, settings: Mapping[str, Any]) -> tuple[in
         OSError: this host's fault.
     """
     lines = manifest.lines(manifest_file)
-    header = manifest.parse_header(next(lines, b""), settings["limits"])
+    header = manifest.parse_header(next(lines, b""), walk.limits)
     entry = content_bytes = 0
     for entry, line in enumerate(lines, 1):
         operation = manifest.parse(line, entry)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from privhelper import kernel, manifest
+from privhelper.files import closing
 from privhelper.policy import Policy
 
 _TOLD: Final = re.compile(
@@ -94,7 +95,12 @@ def start(policy: Policy, role: str, mount: int, inputs: Sequence[int], work: Wo
     """
     results, tell = os.pipe2(os.O_CLOEXEC)
     wait, go = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        for end in (results, tell, wait, go):
+            os.close(end)
+        raise
     if pid == 0:
         try:
             os.close(go)  # else it would wait on itself for ever when the helper dies before it says go
@@ -121,11 +127,8 @@ def _map_ids(pid: int, mount: int, settings: Mapping[str, Any]) -> None:
     for name in ("uid_map", "gid_map"):
         with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
             file.write(f"0 {settings['first_host_id']} {settings['id_count']}")
-    namespace = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with closing(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)) as namespace:
         kernel.map_mount_ids(mount, namespace)
-    finally:
-        os.close(namespace)
 
 
 def _run(policy: Policy, role: str, mount: int, inputs: Sequence[int], tell: int, wait: int, work: Work) -> None:

@@ -8,25 +8,23 @@ Rule 4: only an inactive device is an origin, so no device is ever suspended and
 The caller serialises: every call that changes the pool is made under the ledger's pool lock and between its intent and
 its fact; activate, deactivate and settle are made under the lock of that device's number.
 
-A module ``privhelper.stores.<kind>`` offers ``open_store(settings, state_dir) -> Store`` and ``open_pool(settings,
-state_dir) -> Pool``; ``settings`` is the table ``[<kind>]`` of policy/helper.toml as the administrator's file overrides
-it, ``state_dir`` the helper's own directory (root, 0700). Opening does nothing yet.
+A module ``privhelper.stores.<kind>`` offers ``open_store(settings, state_dir) -> Store``; ``settings`` is the table
+``[<kind>]`` of policy/helper.toml as the administrator's file overrides it, ``state_dir`` the helper's own directory
+(root, 0700). Opening does nothing yet.
 """
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, Protocol
+
+from privhelper.errors import AnswerError
 
 BASE: Final = 0
 READY: Final = "ready"
 POOL_STATES: Final = ("ready", "absent", "read_only", "needs_check", "out_of_data", "failed")
 
 
-class StoreError(Exception):
-    """A step on the store failed. ``code`` is one of protocol.EXIT_CODES: fault, busy, no_room, pool or refused."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+class StoreError(AnswerError):
+    """A step on the store failed. ``code`` is fault, busy, no_room, pool or refused."""
 
 
 class PoolStatus(NamedTuple):
@@ -71,8 +69,14 @@ class Store(Protocol):
     def activate(self, dev: int, read_only: bool) -> str:
         """Return the path of the block device, made sure to be what it should be; active already is an error."""
 
-    def grant(self, path: str, uid: int) -> None:
-        """Hand the node of an active, writable device to a user: its owner, and no one else but root."""
+    def grant(self, path: str, uid: int, writable: bool) -> None:
+        """Let one user, and no one else but root, open the node of an active device."""
+
+    def mount_read_only(self, dev: int) -> int:
+        """Return a detached read-only mount of a device that is active read-only, or not active.
+
+        By a block device that its user, who may have been given the node, cannot change meanwhile.
+        """
 
     def deactivate(self, dev: int) -> None:
         """Take the block device away; absent is fine. Raises StoreError("busy") when somebody keeps it open."""

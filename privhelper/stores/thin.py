@@ -19,7 +19,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from privhelper import loops
+from privhelper import kernel, loops
 from privhelper.dm import SECTOR_BYTES, DeviceMapper, Target, node
 from privhelper.stores.base import BASE, READY, Pool, PoolStatus, StoreError
 
@@ -141,9 +141,14 @@ class ThinStore:
                 raise
             raise StoreError("busy", f"device {dev} is active already") from error
 
-    def grant(self, path: str, uid: int) -> None:
-        """Hand the node of an active device to a user."""
-        loops.grant(path, uid)
+    def grant(self, path: str, uid: int, writable: bool) -> None:
+        """Let one user open the node of an active device."""
+        loops.grant(path, uid, writable)
+
+    def mount_read_only(self, dev: int) -> int:
+        """Mount a device that is active read-only, activating it first; whoever can read its node cannot change it."""
+        path = self.active().get(dev) or self.activate(dev, True)
+        return kernel.mount_detached("ext4", path, ["ro"], kernel.MOUNT_ATTR_SAFE | kernel.MOUNT_ATTR_RDONLY)
 
     def deactivate(self, dev: int) -> None:
         """Take the block device away; absent is fine."""

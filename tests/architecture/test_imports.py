@@ -78,18 +78,22 @@ def test_dangerous_library_has_its_owner_in_root(library: str) -> None:
     assert users <= OWNERS[library]
 
 
-def test_serving_process_cannot_run_a_program() -> None:
+@pytest.mark.parametrize("store", ["reflink", "thin"])
+def test_serving_process_cannot_run_a_program(store: str) -> None:
     """What a request reaches loads neither subprocess nor a module that would; site-packages are switched off."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import privhelper.__main__\n"
-        "from privhelper import answers, policy\n"
-        "answers.open_store(policy.load(None))\n"
+        "from privhelper import devices, policy\n"
+        "grants = policy.load(None)\n"
+        f"grants.settings['store'] = {store!r}\n"
+        "devices.open_store(grants)\n"
         "print(sorted({'subprocess', '_posixsubprocess', 'pty', 'multiprocessing'} & sys.modules.keys()))\n"
+        "print(sorted(name for name in sys.modules if name.endswith(('_pool', '.ext4', '.administer', '.build'))))\n"
         "print(any('site-packages' in path or 'dist-packages' in path for path in sys.path))\n"
     )
     done = subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\nFalse\n"
+    assert done.stdout == "[]\n[]\nFalse\n"
 
 
 def test_root_serialises_nothing_that_runs() -> None:

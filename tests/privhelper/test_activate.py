@@ -13,7 +13,7 @@ from tests.privhelper.client import Layer
 from tests.privhelper.conftest import MEMBER, OTHER, Installation
 
 pytestmark = pytest.mark.root
-LOOP_CLR_FD, LOOP_SET_FD = 0x4C01, 0x4C00
+LOOP_CLR_FD, LOOP_SET_FD, LOOP_CHANGE_FD = 0x4C01, 0x4C00, 0x4C06
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def as_user(uid: int, script: str, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, *words], capture_output=True, text=True, check=False)
 
 
+READ = "import os,sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 512, 1024); print('read')"
 OPEN = "import os,sys; os.write(os.open(sys.argv[1], os.O_RDWR), b'mine'); print('opened')"
 
 
@@ -95,7 +96,9 @@ def test_read_only_activation_is_a_mount_in_nobodys_table(installation: Installa
         with pytest.raises(OSError, match="Read-only"):
             os.open("etc/new", os.O_CREAT | os.O_WRONLY, dir_fd=mount)
         assert reply["device"] not in Path("/proc/self/mountinfo").read_text()
-        assert "PermissionError" in as_user(MEMBER, OPEN, reply["device"]).stderr  # loop(4): could swap its file
+        assert "PermissionError" in as_user(MEMBER, OPEN, reply["device"]).stderr
+        assert as_user(MEMBER, READ, reply["device"]).stdout == "read\n"
+        assert "PermissionError" in as_user(OTHER, READ, reply["device"]).stderr
         os.close(passwd)
         again = activate(helper, sealed, mode="ro")
         assert again["device"] == reply["device"]
@@ -188,6 +191,44 @@ def test_owner_who_swaps_the_file_behind_his_loop_device_gains_nothing(
         assert as_user(MEMBER, OPEN, again["device"]).stdout == "opened\n"
     assert mine.read_bytes() == b"\0" * (1 << 20)
     subprocess.run(["losetup", "-d", device], check=True)
+
+
+CHANGE = """
+import fcntl, os, sys
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[3]), int(sys.argv[2]))
+print("changed")
+"""
+
+
+def test_reader_who_changes_the_file_behind_his_device_does_not_reach_roots_mount(
+    installation: Installation, sealed: str, tmp_path: Path
+) -> None:
+    """LOOP_CHANGE_FD asks for no write access: a hostile file system must not come under a mount that root made."""
+    mine = tmp_path / "mine.img"
+    mine.touch()
+    os.truncate(mine, 10 << 30)
+    with installation.connect(MEMBER) as helper:
+        reply = activate(helper, sealed, mode="ro")
+        file = os.open(mine, os.O_RDONLY)
+        command = ["setpriv", f"--reuid={MEMBER}", f"--regid={MEMBER}", "--clear-groups", sys.executable, "-I", "-c"]
+        done = subprocess.run(
+            [*command, CHANGE, reply["device"], str(file), str(LOOP_CHANGE_FD)],
+            pass_fds=[file], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == "changed\n", done.stderr  # the kernel lets him
+        os.close(file)
+        (mount,) = reply["fds"]
+        Path("/proc/sys/vm/drop_caches").write_text("3")  # so that the next look goes to the device
+        passwd = os.open("etc/passwd", os.O_RDONLY, dir_fd=mount)
+        assert os.read(passwd, 99) == b"root:x:0:0\n"
+        os.close(passwd)
+        again = activate(helper, sealed, mode="ro")
+        assert again["device"] != reply["device"], "what stands on his own file is not taken for ours"
+        for fd in (mount, *again["fds"]):
+            os.close(fd)
+        assert helper.ask("deactivate", name="a")["type"] == "ok"
+    assert set(installation.loops()) == set()
+    subprocess.run(["losetup", "-d", reply["device"]], check=True)
 
 
 def test_file_of_the_same_name_in_a_namespace_of_ones_own_is_not_taken_for_ours(

@@ -6,6 +6,7 @@ import select
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,34 @@ def test_room_that_a_running_commit_reserved_is_not_given_twice(installation: In
         assert last["rule"] == "manifest_totals"
         os.close(file)
         os.close(data)
+
+
+def test_pool_that_fills_up_meanwhile_is_told_as_such(installation: Installation, tmp_path: Path) -> None:
+    """To the writer a full pool looks like a broken disk; the user shall make room, not call for a new one."""
+    big = Layer()
+    big.directory(0, "", op="meta")
+    big.file(0, "big", os.urandom(1 << 20) * 256)
+    file, data = memfd(big.manifest()), os.open(big.write_payload(tmp_path), os.O_RDONLY)
+    filler = installation.state / "pool/filler"
+    with installation.connect() as helper:
+        sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
+        helper.send({"op": "commit", **sizes}, [file, data])
+        assert helper.receive()[0]["type"] == "progress"
+        with helper.stopped_child(), filler.open("wb") as full:
+            for step in (1 << 27, 1 << 20, 1 << 12):
+                with suppress(OSError):
+                    while True:
+                        os.posix_fallocate(full.fileno(), full.seek(0, os.SEEK_END), step)
+            assert os.statvfs(installation.state / "pool").f_bavail < 100  # the last few blocks are nobody's
+        while (reply := helper.receive()[0])["type"] == "progress":
+            pass
+        filler.unlink()
+        assert reply["code"] == "no_room", reply
+        assert "filled up" in reply["message"]
+        assert helper.ask("stat", layer=big.id())["state"] == "absent"
+    assert installation.rows() == []
+    os.close(file)
+    os.close(data)
 
 
 def test_client_that_hangs_up_leaves_nothing(installation: Installation, tmp_path: Path) -> None:

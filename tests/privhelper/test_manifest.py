@@ -57,9 +57,9 @@ class Ground:
         umask = os.umask(0)
         try:
             writer = populate.Writer(root, self.payload, len(PAYLOAD), SETTINGS, lambda *_: None)
-            populate.run(writer, file, SETTINGS)
+            populate.run(writer, file)
             if b'"op":"remove"' not in data:  # one that undoes itself does not verify
-                populate.run(verify.Reader(root, SETTINGS, lambda *_: None), file, SETTINGS)
+                populate.run(verify.Reader(root, SETTINGS, lambda *_: None), file)
         except RejectedError as error:
             return error
         finally:

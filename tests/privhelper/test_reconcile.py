@@ -4,12 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from privhelper import devices, policy, protocol
+from privhelper.answers import Answers
 from privhelper.ledger import Ledger
+from privhelper.stores.base import Store, StoreError
 from tests.privhelper.client import Layer, memfd
-from tests.privhelper.conftest import MEMBER, Installation
+from tests.privhelper.conftest import MEMBER, OTHER, Installation
 
 pytestmark = pytest.mark.root
 
@@ -117,6 +122,84 @@ def test_commit_that_runs_is_left_alone(installation: Installation, tmp_path: Pa
         assert reply["existed"] is False
     os.close(file)
     os.close(data)
+
+
+def test_layer_that_is_sealed_while_reconcile_looks_is_left_alone(
+    installation: Installation, sealed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The race: between two looks another process makes a layer, which must not seem lost, nor its manifest stray.
+
+    The other process is played at each moment at which the pool's lock is given back.
+    """
+    made: list[int] = []
+    give_back = Ledger.unlock
+
+    def make_a_layer(ledger: Ledger, byte: int) -> None:
+        give_back(ledger, byte)
+        if byte == 0 and len(made) < 5:
+            with ledger.transaction():
+                dev = ledger.intend("layer", f"sha256:{len(made):064}", MEMBER)
+                ledger.one("UPDATE device SET state = 'sealed' WHERE dev = ?", dev)
+            give_back(ledger, dev)
+            clone_base(installation, dev)
+            (installation.state / f"manifests/{dev}").touch()
+            made.append(dev)
+
+    everything = policy.load(str(installation.config))
+    known = devices.Devices(everything)
+    monkeypatch.setattr(Ledger, "unlock", make_a_layer)
+    assert known.reconcile(thorough=True) == []
+    assert made
+    monkeypatch.undo()
+    assert {int(path.name) for path in (installation.state / "manifests").iterdir()} >= set(made)
+    assert installation.images() >= set(made)
+    assert {row["dev"] for row in installation.rows()} >= set(made)
+
+
+def test_device_that_cannot_be_freed_keeps_no_other_from_it(
+    installation: Installation, sealed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone_base(installation, 995)
+    clone_base(installation, 996)
+    known = devices.Devices(policy.load(str(installation.config)))
+    unlink = type(known.store).delete
+
+    def refuse(store: Store, dev: int) -> None:
+        if dev == 995:
+            raise StoreError("busy", "somebody keeps it open")
+        unlink(store, dev)
+
+    monkeypatch.setattr(type(known.store), "delete", refuse)
+    assert known.reconcile(thorough=True) == [
+        "left device 995 as it is: somebody keeps it open",
+        "deleted device 996, which the ledger does not know",
+    ]
+    monkeypatch.undo()
+    assert reconcile(installation) == ["deleted device 995, which the ledger does not know"]
+
+
+def test_answer_with_thousands_of_actions_fits_a_message(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grants = policy.load(str(installation.config))
+    known = devices.Devices(grants)
+    monkeypatch.setattr(known, "reconcile", lambda thorough: ["freed device 1, layer of sha256:" + "0" * 64] * 5000)
+    client: Any = SimpleNamespace(uid=0)
+    answer, _ = Answers(grants, known, client).answer_reconcile({}, [])
+    assert answer["actions"][-1] == "and 4800 more, see the log"
+    protocol.encode({"type": "ok", **answer})
+
+
+def test_claim_does_not_outlive_its_layer(installation: Installation, sealed: str) -> None:
+    """A claim that stayed behind would keep the layer, made anew by others, from ever being removed."""
+    (row,) = installation.rows()
+    ledger = Ledger(str(installation.state))
+    assert ledger.claim(sealed, OTHER)
+    (installation.state / f"pool/{row['dev']}.img").unlink()
+    reconcile(installation)
+    assert ledger.claims(sealed) == set()
+    assert not ledger.claim(sealed, OTHER), "what is not there cannot be claimed"
+    assert ledger.claims(sealed) == set()
 
 
 def test_second_pool_is_not_made(installation: Installation, sealed: str) -> None:

@@ -1,5 +1,6 @@
 """The child is read as if it were hostile: whatever it writes or does, the helper says fault and goes on."""
 
+import errno
 import os
 import signal
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from privhelper import sandbox
+from privhelper import policy, sandbox
 from privhelper.sandbox import Child, Report
 
 
@@ -85,6 +86,19 @@ def test_child_that_dies_tells_how() -> None:
     found = child(lambda tell: os.kill(os.getpid(), signal.SIGSYS))
     assert all_reports(found) == []
     assert found.end(kill=False) == "killed by SIGSYS"
+
+
+def test_fork_that_fails_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TasksMax of the unit makes it fail; a client could repeat that until none is left."""
+
+    def fork() -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(BlockingIOError):
+        sandbox.start(policy.load(None), "populate", 0, (), lambda root, tell: (0, 0))
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("kind", ["rejected", "no_room", "fault"])

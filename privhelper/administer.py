@@ -1,0 +1,101 @@
+"""What root does by hand: make, attach, grow and check the pool, and reconcile at a terminal. No request gets here.
+
+Rule: ``serve`` never loads this module, nor the pool modules and programs (mkfs, xfs_repair, thin_check) behind it.
+"""
+
+import os
+import sys
+from typing import Any, Final
+
+from privhelper.devices import Devices, open_store
+from privhelper.ledger import Ledger
+from privhelper.policy import Policy
+from privhelper.protocol import EXIT_CODES
+from privhelper.stores.base import READY, Pool, StoreError
+
+_USAGE: Final = """usage: imgpull-helper [--config FILE] COMMAND
+  serve                       answer one connection on descriptor 3 (LISTEN_FDS=1)
+  reconcile                   make ledger and store agree
+  pool create [--size BYTES] [--metadata PATH] [--data PATH] [--metadata-bytes N] [--data-bytes N] [--block-bytes N]
+  pool attach | detach | status | check
+  pool grow [--metadata-bytes N] [--data-bytes N]
+"""
+_EX_USAGE: Final = 2
+_TEXT_OPTIONS: Final = ("metadata", "data")
+_NUMBER_OPTIONS: Final = ("size", "metadata-bytes", "data-bytes", "block-bytes")
+
+
+def run(grants: Policy, words: list[str]) -> int:
+    """Run one of root's commands; return its exit code.
+
+    Raises:
+        AnswerError, OSError: it failed.
+    """
+    try:
+        if words == ["reconcile"]:
+            sys.stdout.writelines(f"{action}\n" for action in Devices(grants).reconcile(thorough=True))
+            return 0
+        if words[:1] == ["pool"] and len(words) > 1:
+            return _pool(grants, words[1], _options(words[2:]))
+    except ValueError:
+        pass
+    sys.stderr.write(_USAGE)
+    return _EX_USAGE
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    """Read ``--name value`` pairs; numbers are bytes. Raises ValueError for anything else."""
+    found: dict[str, Any] = dict.fromkeys(_TEXT_OPTIONS, "") | {name.replace("-", "_"): 0 for name in _NUMBER_OPTIONS}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        name = flag.removeprefix("--")
+        if not flag.startswith("--") or name not in _TEXT_OPTIONS + _NUMBER_OPTIONS:
+            raise ValueError(flag)
+        found[name.replace("-", "_")] = value if name in _TEXT_OPTIONS else int(value)
+    found["data_bytes"] = found["data_bytes"] or found.pop("size")
+    return found
+
+
+def _pool(grants: Policy, command: str, options: dict[str, Any]) -> int:
+    state_dir = grants.settings["state_dir"]
+    os.makedirs(state_dir, 0o700, exist_ok=True)
+    pool = _open_pool(grants)
+    if command == "create":
+        pool.create(options)
+    elif command == "attach":
+        pool.attach()
+    elif command == "detach":
+        pool.detach()
+    elif command == "grow":
+        pool.grow(options)
+    elif command == "check":
+        findings = pool.check()
+        sys.stdout.writelines(f"{line}\n" for line in findings)
+        return 1 if findings else 0
+    elif command != "status":
+        raise ValueError(command)
+    status = open_store(grants).status()
+    if command in ("create", "attach"):
+        _adopt(Ledger(state_dir), status.identity, status.transaction)
+    sys.stdout.writelines(f"{name}: {value}\n" for name, value in status._asdict().items())
+    return 0 if status.state == READY or command in ("status", "detach") else EXIT_CODES["pool"]
+
+
+def _adopt(ledger: Ledger, identity: str, transaction: int) -> None:
+    """Let a fresh ledger remember its pool; a ledger never changes its pool."""
+    known, _ = ledger.pool()
+    if identity and not known:
+        ledger.adopt_pool(identity, transaction)
+    elif identity != known:
+        raise StoreError("pool", f"this ledger belongs to pool {known}, not to {identity}")
+
+
+def _open_pool(grants: Policy) -> Pool:
+    kind, state_dir = grants.settings["store"], grants.settings["state_dir"]
+    if kind == "thin":
+        from privhelper.stores import thin_pool
+
+        pool: Pool = thin_pool.ThinPool(grants.settings["thin"], state_dir)
+        return pool
+    from privhelper.stores import reflink_pool
+
+    return reflink_pool.ReflinkPool(grants.settings["reflink"], state_dir)
