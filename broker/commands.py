@@ -224,10 +224,11 @@ def pull(
         if ready is not None:
             _pulled(as_json, quiet, str(reference), ready[0].top, ready[1].device if ready[1] else None, None)
             return 0
-    from broker import work
+    from broker import metrics, work
 
     report = console.reporter(settings.progress, as_json, quiet)
-    done = work.pull(settings, report, reference, wanted, size_bytes, list(expect), demands, refresh)
+    with metrics.kept(settings):
+        done = work.pull(settings, report, reference, wanted, size_bytes, list(expect), demands, refresh)
     if timing:
         done.summary["timing"] = report.timing()
         if not as_json:
@@ -438,9 +439,10 @@ def rm(settings: Settings, *, image: str, as_json: bool) -> int:
 
 def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
     """Remove what nothing needs."""
-    from broker import work
+    from broker import metrics, work
 
-    found = work.collect(settings, dry_run)
+    with metrics.kept(settings):
+        found = work.collect(settings, dry_run)
     word = "would remove" if dry_run else "removed"
     blobs = f"{len(found['blobs'])} cached blobs ({console.size(found['bytes'])})"
     text = f"{word} {_count(len(found['layers']), 'layer')}, {blobs}"
@@ -450,10 +452,11 @@ def gc(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
 
 def verify(settings: Settings, *, image: str | None, as_json: bool) -> int:
     """Have root compare layers with their manifests."""
-    from broker import work
+    from broker import metrics, work
 
     chosen = [find_image(settings, image)] if image else _images(settings)
-    findings = work.verify(settings, chosen)
+    with metrics.kept(settings):
+        findings = work.verify(settings, chosen)
     for row in findings:
         if not as_json:
             verdict = (
@@ -645,9 +648,10 @@ def log(settings: Settings, *, image: str, as_json: bool) -> int:
 
 def resume(settings: Settings, *, run_id: str | None, quiet: bool, as_json: bool) -> int:
     """Go on with interrupted runs."""
-    from broker import work
+    from broker import metrics, work
 
-    ended = work.resume(settings, console.reporter(settings.progress, as_json, quiet), run_id)
+    with metrics.kept(settings):
+        ended = work.resume(settings, console.reporter(settings.progress, as_json, quiet), run_id)
     bad = [row for row in ended if row["state"] != "done"]
     _result("resume", as_json, "" if quiet else f"{len(ended)} runs ended, {len(bad)} of them badly", runs=ended)
     return 1 if bad else 0

@@ -245,13 +245,27 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def reporter(mode: str, json_events: bool, quiet: bool) -> Reporter:
-    """Return the reporter for `--progress`, `--json` and `--quiet`."""
+    """Return the reporter for `--progress`, `--json` and `--quiet`; a service's also tells its manager."""
+    chosen = _reporter(mode, json_events, quiet)
+    if "NOTIFY_SOCKET" not in os.environ:
+        return chosen
+    from broker.service import StatusReporter
+
+    return StatusReporter(chosen)
+
+
+def _reporter(mode: str, json_events: bool, quiet: bool) -> Reporter:
     if json_events or mode == "json":
         return JsonReporter(sys.stdout if json_events else sys.stderr)
     if quiet or mode == "none":
         return Reporter()
     if mode == "tty" or (mode == "auto" and is_terminal(sys.stderr)):
         return TtyReporter(sys.stderr)
+    if mode == "auto" and "JOURNAL_STREAM" in os.environ:
+        from broker import service
+
+        if service.is_journal(sys.stderr.fileno()):
+            return service.JournalReporter()
     return PlainReporter(sys.stderr)
 
 
@@ -260,6 +274,12 @@ def print_problem(problem: Problem, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"v": 1, "type": "error", "time": round(time.time(), 3), **problem.to_json()}, sort_keys=True))
         return
+    if "JOURNAL_STREAM" in os.environ:
+        from broker import service
+
+        if service.is_journal(sys.stderr.fileno()):
+            service.tell_problem(problem)
+            return
     what, why, advice = problem.lines()
     print(f"imgpull: {escape(what)}\n  why:  {escape(why)}\n  next: {escape(advice)}", file=sys.stderr)
 
