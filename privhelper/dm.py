@@ -37,6 +37,7 @@ _COMMANDS: Final = {
 _READ_ONLY: Final = 1 << 0
 _STATUS_TABLE: Final = 1 << 4
 _BUFFER_FULL: Final = 1 << 8
+_NO_FLUSH: Final = 1 << 11
 
 # event_nr of resume and remove: DM_UDEV_DISABLE_{DM,SUBSYSTEM,DISK,OTHER}_RULES and DM_UDEV_PRIMARY_SOURCE, cookie 0.
 _UDEV_HANDS_OFF: Final = 0x4F << 16
@@ -123,13 +124,13 @@ class DeviceMapper:
                 return found
             offset += step
 
-    def status(self, name: str) -> Target:
-        """Return the live table with the target's status; a thin pool writes its metadata first (no NOFLUSH)."""
-        return _target(self._call("status", name))
+    def status(self, name: str, *, flush: bool = False) -> Target:
+        """Return the live table with its status; ``flush`` has a thin pool write data and metadata out first."""
+        return _target(self._call("status", name, flags=0 if flush else _NO_FLUSH))
 
     def table(self, name: str) -> Target:
         """Return the live table as it was loaded."""
-        return _target(self._call("status", name, flags=_STATUS_TABLE))
+        return _target(self._call("status", name, flags=_STATUS_TABLE | _NO_FLUSH))
 
     def message(self, name: str, text: str) -> None:
         """Send a message to the target; that it succeeds does not prove that its effect is on disk."""

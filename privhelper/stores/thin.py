@@ -56,8 +56,8 @@ class ThinStore:
         self._mapper = self._mapper or DeviceMapper()
         return self._mapper
 
-    def status(self) -> PoolStatus:
-        """Return how the pool is. Asking makes the kernel write the metadata out first."""
+    def status(self, *, flush: bool = False) -> PoolStatus:
+        """Return how the pool is; with ``flush``, after it has written data and metadata out."""
         try:
             pool = self.mapper.find(self.pool)
         except OSError as error:
@@ -68,7 +68,7 @@ class ThinStore:
             return PoolStatus("failed", advice=f"{self.pool} is not imgpull's: its uuid is {pool.uuid!r}")
         try:
             block_bytes = int(self.mapper.table(self.pool).parameters.split()[2]) * SECTOR_BYTES
-            text = self.mapper.status(self.pool).parameters
+            text = self.mapper.status(self.pool, flush=flush).parameters
         except OSError:  # a crash left it without a table
             return PoolStatus("failed", advice=_ADVICE["failed"])
         return _parse_status(text, block_bytes, pool.uuid.removeprefix(UUID_PREFIX))
@@ -97,8 +97,8 @@ class ThinStore:
         finally:
             self.message(release, *_WRITABLE)
 
-    def message(self, text: str, *good: str, fine: int = 0) -> None:
-        """Send the pool a message and see whether it still is in one of the good states (rule 1)."""
+    def message(self, text: str, *good: str, fine: int = 0) -> PoolStatus:
+        """Send the pool a message; return how it is afterwards, if that is one of the good states (rule 1)."""
         failure = None
         try:
             self.mapper.message(self.pool, text)
@@ -110,6 +110,7 @@ class ThinStore:
             raise StoreError(code, f"the pool is {status.state} after {text!r}: {status.advice}")
         if failure and failure.errno != fine:
             raise StoreError("fault", f"the pool refused {text!r}: {failure.strerror}") from failure
+        return status
 
     def resize(self, dev: int, size_bytes: int) -> None:
         """Write a larger size down, in the name of an empty file: to make a name is atomic, with no rename to allow.
@@ -178,14 +179,14 @@ class ThinStore:
 
     def settle(self, dev: int) -> None:
         """Make the pool write data and metadata out, and see whether it could."""
-        status = self.status()
+        status = self.status(flush=True)
         if status.state != READY:
-            raise StoreError("fault", f"device {dev} may not be on disk, the pool is {status.state}: {status.advice}")
+            code = "no_room" if status.state == "out_of_data" else "fault"
+            raise StoreError(code, f"device {dev} may not be on disk, the pool is {status.state}: {status.advice}")
 
     def advance(self, expected: int) -> int:
         """Compare and swap the transaction id: the mark that ties the change before it to the ledger's intent."""
-        self.message(f"set_transaction_id {expected} {expected + 1}", *_WRITABLE, fine=errno.EINVAL)
-        found = self.status().transaction
+        found = self.message(f"set_transaction_id {expected} {expected + 1}", *_WRITABLE, fine=errno.EINVAL).transaction
         if found != expected + 1:
             raise StoreError("pool", f"the pool has transaction {found}, expected {expected}: who else writes to it?")
         return found
