@@ -40,7 +40,11 @@ _HEAD: Final = re.compile(
     rb'\{"bytes":[0-9]{1,16},"entries":([0-9]{1,10}),"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
 )
 _PLAIN: Final = rb'[^"\\\x00-\x1f\x7f-\xff]*'
-_STRING: Final = rb'"' + _PLAIN + rb'(?:\\(?:["\\bfnrt]|u[0-9a-f]{4})' + _PLAIN + rb')*"'
+# What JSON writes for text, and one lone surrogate for each byte that is not UTF-8 (PEP 383); no other.
+_UNICODE: Final = (
+    rb"u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|dc[89a-f][0-9a-f])"
+)
+_STRING: Final = rb'"' + _PLAIN + rb'(?:\\(?:["\\bfnrt]|' + _UNICODE + rb")" + _PLAIN + rb')*"'
 _NUMBER: Final = rb"(?:0|[1-9][0-9]{0,19})"
 _XATTR: Final = _STRING + rb':"(?:[0-9a-f]{2})*"'
 

@@ -127,8 +127,13 @@ def _expect_root_to_agree(manifest: bytes) -> None:
 
 
 def _expect_tarfile_to_agree(payload: bytes, report: dict[str, Any]) -> None:
-    with tarfile.open(fileobj=io.BytesIO(payload), mode="r:", errors="surrogateescape") as third:
-        members = third.getmembers()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(payload), mode="r:", errors="surrogateescape") as third:
+            members = third.getmembers()
+    except tarfile.ReadError as error:
+        # It does not read what `git archive` writes of an empty tree: a global comment, and then the end.
+        assert (str(error), "comment_dropped" in report["dropped"]) == ("end of file header", True), error
+        return
     assert len(members) == report["entries"], "tarfile sees other members"
     files = [m for m in members if m.isreg()]
     assert sum(m.size for m in files) >= report["content_bytes"]

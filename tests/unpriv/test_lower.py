@@ -91,6 +91,7 @@ def made(*operations: bytes, count: int | None = None, parent: str | None = None
 
 META = {"gid": 0, "mode": 493, "mtime": 0, "uid": 0, "xattrs": {}}
 DIR = line(op="dir", name="d", **{"in": 0}, **META)
+SYMLINK = line(op="symlink", name="s", target="t", gid=0, mtime=0, uid=0, xattrs={}, **{"in": 0})
 FILE = line(op="file", name="f", at=0, size=0, sha256="0" * 64, **{"in": 0}, **META)
 
 
@@ -118,6 +119,8 @@ BAD = {
     "an_empty_name": made(DIR.replace(b'"d"', b'""')),
     "a_nul": made(DIR.replace(b'"d"', b'"\\u0000"')),
     "a_lone_surrogate": made(DIR.replace(b'"d"', b'"\\ud800"')),
+    "half_a_pair_in_a_target": made(SYMLINK.replace(b'"t"', b'"\\ud83d"')),
+    "a_byte_of_ascii_as_a_surrogate": made(SYMLINK.replace(b'"t"', b'"\\udc41"')),
     "it_exists": made(DIR, DIR),
     "into_nowhere": made(line(op="enter", name="d", **{"in": 7})),
     "into_a_file": made(FILE, FILE.replace(b'"in":0', b'"in":1')),
@@ -185,3 +188,14 @@ def test_a_hostile_manifest_is_refused_by_the_check_itself() -> None:
         "tar", MemoryBlob(BASE), [MemoryBlob(b"{}\n")], checking.LIMITS, findings, checking.hasher(), pipeline.Outputs()
     )
     assert report["violations"][0]["rule"] == "lower_manifest_invalid"
+
+
+TEXTS = ["t", "é", "\ud7ff", "\ue000", "\U0001f40d", "\udc80\udcff", '\\"\n\x7f', "\U0010ffff\udc80"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_that_a_manifest_can_hold_is_read(text: str) -> None:
+    lower = replay(made(line(op="symlink", name="s", target=text, gid=0, mtime=0, uid=0, xattrs={}, **{"in": 0})))
+    (row,) = (json.loads(found) for found in listing.rows(lower))
+    shown = row["target"].encode() if "target" in row else bytes.fromhex(row["target_hex"])
+    assert shown == text.encode("utf-8", "surrogateescape")
