@@ -2,6 +2,7 @@
 
 Rule 1: all cases of a group run in one round on the same data; the median of the rounds counts.
 Rule 2: what a case needs is made before its clock starts and taken away after it stops.
+Rule 3: every figure of a group stands beside the figure that its goal names; a goal is told, never asserted.
 """
 
 from __future__ import annotations
@@ -13,58 +14,77 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from tests.bench.memory import Watch
 
 Prepare = Callable[[], contextlib.AbstractContextManager[Callable[[], None]]]
+Row = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Case:
-    """One way of doing the work. ``prepare`` yields the function that is timed."""
+    """One way of doing the work. ``prepare`` yields the function that is timed; ``units`` is how much it does."""
 
     name: str
     prepare: Prepare
+    units: float = 0
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes of memory of each of our programs
 
 
 @dataclass(slots=True)
 class Group:
-    """Cases that do the same work; the first is what the others are compared with."""
+    """Cases that do the same work; the first is what the others are compared with.
+
+    ``per`` names the units of the cases where they differ: then the ratio is of the costs of one unit.
+    """
 
     title: str
     cases: list[Case]
     goal: str = ""
+    per: str = ""
+    rounds: int = 0  # at most; 0 for as many as asked for
 
     def run(self, rounds: int) -> None:
         """Run every case once a round."""
-        for _ in range(rounds):
+        for _ in range(min(rounds, self.rounds) if self.rounds else rounds):
             for case in self.cases:
-                with case.prepare() as work:
+                with case.prepare() as work, Watch(case.peaks):
                     os.sync()
                     before, began = _cpu_s(), time.monotonic()
                     work()
                     case.wall_s.append(time.monotonic() - began)
                     case.cpu_s.append(_cpu_s() - before)
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[Row]:
         """Return a row a case: medians, and the ratio to the first case of the same round."""
         base = self.cases[0]
         rows = []
         for case in self.cases:
-            ratios = [mine / theirs for mine, theirs in zip(case.wall_s, base.wall_s, strict=True)]
-            rows.append(
-                {
-                    "group": self.title,
-                    "case": case.name,
-                    "ratio": round(statistics.median(ratios), 3),
-                    "wall_s": round(statistics.median(case.wall_s), 3),
-                    "cpu_s": round(statistics.median(case.cpu_s), 3),
-                }
-            )
+            share = base.units / case.units if self.per else 1.0
+            ratios = [mine / theirs * share for mine, theirs in zip(case.wall_s, base.wall_s, strict=True)]
+            row: Row = {
+                "group": self.title,
+                "case": case.name,
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min": round(min(ratios), 3),
+                "ratio_max": round(max(ratios), 3),
+                "wall_s": round(statistics.median(case.wall_s), 3),
+                "cpu_s": round(statistics.median(case.cpu_s), 3),
+                "rounds": len(ratios),
+            }
+            if self.per:
+                row["cost_us"] = round(statistics.median(case.wall_s) / case.units * 1e6, 3)
+            if case.peaks:
+                row["peak_mib"] = {name: round(peak / (1 << 20), 1) for name, peak in sorted(case.peaks.items())}
+            rows.append(row)
         return rows
 
 
@@ -75,30 +95,57 @@ def _cpu_s() -> float:
 
 
 @contextlib.contextmanager
-def just(work: Callable[[], None]) -> Iterator[Callable[[], None]]:
+def just(work: Callable[[], object]) -> Iterator[Callable[[], None]]:
     """Need nothing."""
-    yield work
+
+    def do() -> None:
+        work()
+
+    yield do
 
 
-def run(command: Sequence[str | Path], **options: object) -> None:
-    """Run a command to its end; its output is shown only when it fails."""
-    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+def run(command: Sequence[str | Path], **options: Any) -> str:
+    """Run a command to its end and return its output, which is shown only when it fails."""
+    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stderr[-2000:]}")
+    return str(done.stdout)
 
 
-def report(groups: Sequence[Group], rounds: int, out: Path) -> str:
-    """Write the figures as JSON and return them as a table for people."""
-    machine = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
-    rows = [row for group in groups for row in group.rows()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, "rounds": rounds, "rows": rows}, indent=2) + "\n")
-    lines = [f"{machine}; medians of {rounds} rounds; a ratio is to the first case of its group", ""]
+def machine() -> str:
+    """Return what the figures depend on."""
+    model = next((line.partition(": ")[2] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
+    memory_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
+    python = platform.python_version()
+    return f"{os.cpu_count()} cores ({model}), {memory_kib >> 20} GiB, Linux {platform.release()}, Python {python}"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text("utf-8").splitlines()
+
+
+def measure(groups: Sequence[Group], rounds: int) -> None:
+    """Run the groups in turn, and tell on the way."""
     for group in groups:
-        lines.append(group.title + (f"  (goal: {group.goal})" if group.goal else ""))
-        for row in group.rows():
-            lines.append(
-                f"  {row['ratio']:>7.2f} x  {row['wall_s']:>8.2f} s  cpu {row['cpu_s']:>7.2f} s  {row['case']}"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        began = time.monotonic()
+        print(f"measuring: {group.title}", file=sys.stderr, flush=True)
+        group.run(rounds)
+        print(f"           {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def result(groups: Sequence[Group]) -> Row:
+    """Return all figures."""
+    goals = {group.title: group.goal for group in groups}
+    load = round(os.getloadavg()[2], 2)
+    return {
+        "machine": machine(),
+        "load_15": load,
+        "goals": goals,
+        "rows": [row for group in groups for row in group.rows()],
+    }
+
+
+def write(figures: Row, path: Path) -> None:
+    """Write figures as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", "utf-8")

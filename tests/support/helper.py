@@ -28,10 +28,7 @@ LISTENER: Final = "listener.pid"
 SOCKETS: Final = Path("/run")
 START_S: Final = 10.0
 STOP_S: Final = 10.0
-POOL_OPTIONS: Final = {
-    "reflink": ("--size", str(4 << 30)),
-    "thin": ("--data-bytes", str(4 << 30), "--metadata-bytes", str(64 << 20)),
-}
+POOL_BYTES: Final = 4 << 30
 
 Settings = Mapping[str, "str | Mapping[str, object]"]
 
@@ -64,7 +61,7 @@ def device_mapper_is_there() -> bool:
 
 @contextlib.contextmanager
 def running_helper(
-    folder: Path, group: str, store: str = "reflink", settings: Settings | None = None
+    folder: Path, group: str, store: str = "reflink", settings: Settings | None = None, pool_bytes: int = POOL_BYTES
 ) -> Iterator[Helper]:
     """Make a pool below ``folder``, which must not exist, listen on a socket for ``group``, and undo both.
 
@@ -76,7 +73,11 @@ def running_helper(
     own: Settings = {"reflink": {"preallocate": False}, "thin": {"name": folder.name}}
     config.write_text(to_toml({"store": store, "state_dir": str(folder / "state"), **own, **(settings or {})}))
     config.chmod(0o644)
-    administer(zipapp, config, "pool", "create", *POOL_OPTIONS[store])
+    size = {
+        "reflink": ("--size", str(pool_bytes)),
+        "thin": ("--data-bytes", str(pool_bytes), "--metadata-bytes", str(64 << 20)),
+    }
+    administer(zipapp, config, "pool", "create", *size[store])
     try:
         with listening(folder.name, group, zipapp, config, log) as (socket, pid):
             yield Helper(socket, zipapp, config, log, pid)
