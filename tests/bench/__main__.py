@@ -1,7 +1,7 @@
 """``make bench``: imgpull beside what a user would do instead, and beside the floors of this machine; needs root.
 
-``make bench BENCH_ARGS="--rounds 5 --sizes full --only pull,check --keep NAME"``. Figures go to build/bench.json, a picture
-of one pull to build/bench-timeline.svg. ``--keep`` writes tests/bench/RESULTS.md and tests/bench/history/NAME.json, too.
+``make bench BENCH_ARGS="--rounds 5 --sizes full --only pull,check --keep NAME"``. Figures go to build/bench.json, a
+picture of one pull to build/bench-timeline.svg. ``--keep`` writes RESULTS.md, timeline.svg and history/NAME.json here.
 """
 
 from __future__ import annotations
