@@ -15,11 +15,12 @@ PYTHON := .venv/bin/python
 # Tests and demo act as several users and as root. What sudo runs writes nothing into the source tree.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI,PYTEST_ADDOPTS,XDG_CACHE_HOME PYTHONDONTWRITEBYTECODE=1)
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format helper install-helper vm fuzz bench lock clean
+.PHONY: help setup demo test lint format manual helper install-helper vm fuzz bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -43,6 +44,9 @@ format: setup  ## write the house style
 	$(PYTHON) -m ruff format $(SOURCES)
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 
+manual: setup  ## write man pages, the schema of --json and the dashboard from the code
+	$(PYTHON) -m tests.setup.manual
+
 helper: $(HELPER)  ## build the root helper, one file, the same bytes each time
 
 # Always asked, never trusted to be current: it takes less than a second, and it is what root will run.
@@ -60,8 +64,9 @@ vm: setup  ## the tests that need a kernel with device-mapper, in a virtual mach
 fuzz: setup  ## fuzz the parsers; FUZZ_SECONDS a harness
 	$(PYTHON) -m tests.fuzz
 
-bench: setup  ## measure against GNU tar, curl and the floor of this machine
-	$(AS_ROOT) $(PYTHON) -m tests.bench
+bench: setup  ## measure beside aws, curl, tar, umoci and the floors; BENCH_ARGS="--sizes small --only check"
+	@tests/setup/apt.sh tests/bench/packages.txt
+	$(AS_ROOT) $(PYTHON) -m tests.bench $(BENCH_ARGS)
 
 lock: ## choose the newest versions that pyproject.toml allows: constraints.txt
 	tests/setup/apt.sh python3 python3-venv ca-certificates

@@ -8,7 +8,7 @@ Rule 3: one place turns errors into three lines and an exit code.
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
@@ -30,8 +30,31 @@ SECTIONS: Final = {
 }
 
 
+class Formatter(click.HelpFormatter):
+    """Help for narrow terminals too: the names take less than half of the line."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write names and texts side by side."""
+        super().write_dl(rows, min(col_max, self.width // 2 - 4), col_spacing)
+
+
+class Context(click.Context):
+    """What click asks for a formatter."""
+
+    formatter_class = Formatter
+
+
+class Command(click.Command):
+    """A command of the program."""
+
+    context_class = Context
+
+
 class Program(click.Group):
     """The program: its commands by section, and wrong command lines told like every other error."""
+
+    context_class = Context
+    command_class = Command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands, each with one line."""
@@ -107,6 +130,20 @@ def list_options(function: F) -> F:
     function = click.option("-H", "no_header", is_flag=True, help="No header line.")(function)
     function = click.option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN sorts downwards.")(function)
     return click.option("-o", "chosen", metavar="COLUMNS", help="Columns to show, separated by commas.")(function)
+
+
+def _known(kind: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Return what a shell asks for words of a kind: images, names of devices, runs, codes and rules."""
+
+    def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+        from broker import commands
+
+        try:
+            return [word for word in commands.known_words(settings.load({}), kind) if word.startswith(incomplete)]
+        except ImgpullError:
+            return []
+
+    return complete
 
 
 SETTING_NAMES: Final = frozenset(settings.BY_NAME)
@@ -213,7 +250,7 @@ def ls(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Show one image: layers, origins, devices.")
-@click.argument("image")
+@click.argument("image", shell_complete=_known("images"))
 @common
 def show(**arguments: Any) -> None:
     """Show an image: its layers, where they come from, what was dropped from them, its devices."""
@@ -221,7 +258,7 @@ def show(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Print a pin file of the images that are here.")
-@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...", shell_complete=_known("images"))
 @common
 def pins(**arguments: Any) -> None:
     """Print the digest of each object of the images, as it was when it was first fetched.
@@ -232,7 +269,7 @@ def pins(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Give out one more device of an image; print it.")
-@click.argument("image")
+@click.argument("image", shell_complete=_known("images"))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--name", help="Name of the activation; the default is the last word of the image's reference.")
 @click.option("--ro", "mode", flag_value="ro", help="A read-only device.")
@@ -250,7 +287,7 @@ def activate(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Take a device back.")
-@click.argument("name")
+@click.argument("name", shell_complete=_known("activations"))
 @common
 def deactivate(**arguments: Any) -> None:
     """Take back the device NAME; what was written to it is lost."""
@@ -258,7 +295,7 @@ def deactivate(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Remove an image and the layers that only it needs.")
-@click.argument("image")
+@click.argument("image", shell_complete=_known("images"))
 @common
 def rm(**arguments: Any) -> None:
     """Remove the image IMAGE and the layers that nothing else needs."""
@@ -294,7 +331,7 @@ def doctor(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Have root compare layers with their manifests.")
-@click.argument("image", required=False)
+@click.argument("image", required=False, shell_complete=_known("images"))
 @common
 def verify(**arguments: Any) -> None:
     """Have root read the layers of IMAGE (or of all) again and compare them with their manifests."""
@@ -310,7 +347,7 @@ def gc(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="List the runs, or show one.")
-@click.argument("run_id", metavar="[RUN]", required=False)
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=_known("runs"))
 @click.option("--active", is_flag=True, help="Only those at work.")
 @list_options
 @common
@@ -320,7 +357,7 @@ def runs(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Tell every step of the pulls of an image.")
-@click.argument("image")
+@click.argument("image", shell_complete=_known("images"))
 @common
 def log(**arguments: Any) -> None:
     """Show every step, attempt, duration and reason of the pulls of IMAGE."""
@@ -328,7 +365,7 @@ def log(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Go on with interrupted runs.")
-@click.argument("run_id", metavar="[RUN]", required=False)
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=_known("runs"))
 @_option("--progress", setting="progress")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
 @common
@@ -338,7 +375,7 @@ def resume(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Cancel a run; what is done is kept.")
-@click.argument("run_id", metavar="RUN")
+@click.argument("run_id", metavar="RUN", shell_complete=_known("runs"))
 @common
 def cancel(**arguments: Any) -> None:
     """Cancel a run and the runs that it started; what is done is kept."""
@@ -346,7 +383,7 @@ def cancel(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Tell what a rule or an error code means; offline.")
-@click.argument("word", metavar="[RULE|CODE]", required=False)
+@click.argument("word", metavar="[RULE|CODE]", required=False, shell_complete=_known("words"))
 @common
 def explain(**arguments: Any) -> None:
     """Tell what a rule of the checker or an error code means; without a word, list them. Offline."""

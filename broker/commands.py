@@ -20,7 +20,7 @@ from broker import pins as pin_files
 from broker.console import Column
 from broker.errors import CATALOGUE, ImgpullError, UsageError
 from broker.reference import NAME, Reference, clean_name, media_of
-from broker.settings import SETTINGS, Settings, parse_size
+from broker.settings import POLICY_DIR, SETTINGS, Settings, parse_size
 from broker.store import ActivationRow, Image, Paths
 
 if TYPE_CHECKING:
@@ -196,6 +196,21 @@ def pins(settings: Settings, *, images: tuple[str, ...], as_json: bool) -> int:
     for name, digest in rows.items():
         print(f"{digest}  {console.escape(name)}")
     return 0
+
+
+def known_words(settings: Settings, kind: str) -> list[str]:
+    """Return the words that a shell can complete: images by their short names, devices, runs, or codes and rules."""
+    if kind == "words":
+        return [*CATALOGUE, *_rules()]
+    connection = store.open_readonly(Paths.of(settings).database)
+    if connection is None:
+        return []
+    with closing(connection) as db:
+        if kind == "runs":
+            return [row["id"] for row in store.query(db, "SELECT id FROM run ORDER BY seq DESC LIMIT 100")]
+        if kind == "activations":
+            return [row.name for row in store.activations(db)]
+        return [image.ref.rstrip("/").rsplit("/", 1)[-1] for image in store.images(db)]
 
 
 # ---------------------------------------------------------------- pulling
@@ -504,10 +519,7 @@ def check(settings: Settings, *, files: tuple[str, ...], manifest: bool, all_vio
 
 def explain(settings: Settings, *, word: str | None, as_json: bool) -> int:
     """Tell what a rule or an error code means; without a word, which there are."""
-    from broker.settings import POLICY_DIR
-
-    with (POLICY_DIR / "rules.toml").open("rb") as file:
-        rules: dict[str, dict[str, str]] = tomllib.load(file)
+    rules = _rules()
     if word is None:
         _print_codes(rules, as_json)
         return 0
@@ -530,6 +542,11 @@ def explain(settings: Settings, *, word: str | None, as_json: bool) -> int:
     else:
         print("\n".join(lines))
     return 0
+
+
+def _rules() -> dict[str, dict[str, str]]:
+    with (POLICY_DIR / "rules.toml").open("rb") as file:
+        return tomllib.load(file)
 
 
 def _code(word: str) -> dict[str, Any]:

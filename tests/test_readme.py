@@ -46,7 +46,7 @@ def test_every_make_target_exists(command: str) -> None:
 
 
 def test_every_helper_command_is_in_its_usage() -> None:
-    usage = (ROOT / "privhelper/__main__.py").read_text(encoding="utf-8")
+    usage = "".join((ROOT / f"privhelper/{name}.py").read_text("utf-8") for name in ("__main__", "administer"))
     for command in COMMANDS:
         if command.startswith("imgpull-helper "):
             assert command.split()[1] in usage and command.split()[2] in usage
