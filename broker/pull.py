@@ -14,23 +14,25 @@ import hashlib
 import json
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import trio
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker import pins, protocol, reference, store, worker
+from broker import filesystem, pins, protocol, reference, store, worker
 from broker.app import App, nameless_file, publish, sealed_copy
 from broker.console import escape
 from broker.console import size as size_text
 from broker.errors import ImgpullError, Problem
-from broker.helper import Helper, LayerAbsentError
-from broker.machine import Abort, Done, Machine, Outcome, Policy, Retry, Run
+from broker.helper import Activation, Helper, LayerAbsentError
+from broker.machine import Abort, Done, Lookup, Machine, Outcome, Policy, Retry, Run
 from broker.reference import Reference
 
 PARTIAL_AGE_S = 7 * 86400.0  # a pull that is not taken up again within a week
+REMOVERS = ("remove", "collect")  # the machines that take layers away
 LOWER_POLL_S = 0.05  # how often a layer looks whether the one below it is checked
 
 
@@ -71,7 +73,7 @@ def problem_of(outcome: Outcome) -> Problem:
 
 
 NETWORK = Policy(attempts=5, retry_on=classify)
-LOCAL = Policy(attempts=3, retry_on=classify)
+LOCAL = Policy(attempts=6, retry_on=classify)
 ROOT = Policy(attempts=6, retry_on=classify)
 
 # ---------------------------------------------------------------- one layer
@@ -166,21 +168,46 @@ async def check_layer(run: Run[LayerRequest]) -> Checked:
     """Turn the blob into a manifest on top of the lower layers, unless these very bytes were checked before."""
     app, asked = _app(run), run.request
     digest = run.result("fetch", Blob).digest
+    await _after_removals(run)
     parent = await _lower_layer(run)
     found = await app.read(store.verdict, digest, asked.media, parent, app.limits)
     if found is not None:
-        run.on_commit(lambda db: store.record_chain(db, asked.chain, found, digest))
-        return Checked(layer=found, parent=parent, reused=True)
+        known = found
+
+        def reuse(db: Any) -> None:
+            _refuse_doomed(db, known)
+            store.record_chain(db, asked.chain, known, digest)
+
+        run.on_commit(reuse)
+        return Checked(layer=known, parent=parent, reused=True)
     accepted = await _check(run, digest, parent)
     app.report.stage(asked.chain, "checking", asked.pin.size, asked.pin.size)
     app.report.stage(asked.chain, "waiting", 0, accepted.content_bytes)
 
     def record(db: Any) -> None:
+        _refuse_doomed(db, accepted.layer)
         store.record_layer(db, accepted, digest, asked.media, app.limits)
         store.record_chain(db, asked.chain, accepted.layer, digest)
 
     run.on_commit(record)
     return Checked(layer=accepted.layer, parent=parent, reused=False)
+
+
+async def _after_removals(run: Run[Any]) -> None:
+    """Wait for the removals at work, and take up those whose process died: they may have chosen what this run needs.
+
+    A removal that begins later sees the pull and spares its layers.
+    """
+    app = _app(run)
+    for machine in REMOVERS:
+        for removal in await app.read(lambda _, name=machine: app.engine.lookup.runs(name, active_only=True)):  # type: ignore[misc]
+            await run.wait(removal.id)
+
+
+def _refuse_doomed(db: Any, layer: str) -> None:
+    """In the transaction that builds on a layer: refuse one that a removal may have chosen before it saw this run."""
+    if store.has_layer(db, layer) and any(Lookup(db).runs(machine, active_only=True) for machine in REMOVERS):
+        raise Retry("layers are being removed just now")
 
 
 async def _lower_layer(run: Run[LayerRequest]) -> str | None:
@@ -280,11 +307,29 @@ async def commit_layer(run: Run[LayerRequest]) -> Committed:
             raise abort(problem_of(outcome))
     async with app.helper() as root:
         existed = await root.stat(checked.layer) == "sealed"
-        if not existed:
+        if existed:
+            await _claim(app, root, checked.layer)
+        else:
             existed = await _commit(run, root, checked)
     app.report.stage(asked.chain, "shared" if existed else "ready")
     run.on_commit(lambda db: store.set_committed(db, checked.layer))
     return Committed(layer=checked.layer, reused=existed)
+
+
+async def _claim(app: App, root: Helper, layer: str) -> None:
+    """Tell root that a layer which somebody else has made is ours as well, so that his removal leaves it to us.
+
+    Of a layer that it holds root reads the manifest only; any file will do for a payload.
+    """
+    with ExitStack() as stack:
+        plain = await app.manifest_fd(layer)
+        stack.callback(os.close, plain)
+        try:
+            await root.commit(stack.enter_context(sealed_copy(plain)), plain)
+        except ImgpullError as error:
+            if error.problem.code == "digest-mismatch" or isinstance(error, LayerAbsentError):
+                raise Retry("root's layer went away just now") from error
+            raise
 
 
 async def _commit(run: Run[LayerRequest], root: Helper, checked: Checked) -> bool:
@@ -541,20 +586,85 @@ async def _activate(
             f"choose another with --name, or `imgpull deactivate {name}` first",
             retry=False,
         )
+    grows = bool(size) and mode == "rw" and not (taken is not None and taken.is_live())
     async with app.helper() as root:
         try:
+            if grows:
+                await _deactivate_stale(root, name)  # of a run that died while it let the file system grow
             given = await root.activate(layer, name, mode, size)
         except LayerAbsentError as error:
             raise ImgpullError(
                 "pool-unavailable", f"root has lost layer {layer}", str(error), "pull the image again"
             ) from error
+    if grows:
+        await filesystem.grow(given.device)
     if given.mount_fd is not None:
         os.close(given.mount_fd)  # a mount that lives as long as a descriptor is of no use to a finished run
-    image = await app.read(store.image_by_ref, ref, endpoint)
-    if image is None:
-        raise ImgpullError("no-such-image", f"{ref} was removed meanwhile")
-    run.on_commit(lambda db: store.record_activation(db, image.id, given))
+
+    def record(db: Any) -> None:
+        image = store.image_by_ref(db, ref, endpoint)
+        if image is None:
+            raise abort(Problem("no-such-image", f"{ref} was removed meanwhile"))
+        store.record_activation(db, image.id, given)
+
+    run.on_commit(record)
     return Activated(name=name, layer=layer, mode=mode, device=given.device, size=given.size)
+
+
+async def agree_with_root(run: Run[Any], outcome: Outcome) -> None:
+    """Where a run was ended between something that root did and our record of it, take over what root says."""
+    if outcome.ok or (isinstance(run.request, PullRequest) and outcome.step != "activate"):
+        return
+    app, asked = _app(run), run.request
+    try:
+        async with app.helper() as root:
+            grew = isinstance(asked, PullRequest | ActivateRequest) and asked.name and asked.size
+            if grew and await app.read(store.activation, asked.name) is None:
+                await _deactivate_stale(root, asked.name)  # its file system may be half grown
+            for name in await _follow_root(run, root, await _concerned(run)):
+                await root.deactivate(name)  # nobody was told of it, and no image is left that it could belong to
+    except ImgpullError as error:
+        run.log("disagreement", {"reason": error.problem.what})  # `imgpull gc` compares again
+
+
+async def _concerned(run: Run[Any]) -> set[str] | None:
+    """Return the names of the devices that a run is about; None for all."""
+    asked = run.request
+    if isinstance(asked, CollectRequest):
+        return None
+    if isinstance(asked, RemoveRequest):
+        return {row.name for row in await _app(run).read(store.activations) if row.ref == asked.ref}
+    return {asked.name} if asked.name is not None else set()
+
+
+async def _follow_root(run: Run[Any], root: Helper, names: set[str] | None) -> list[str]:
+    """Have our record of layers, and of the devices of these names, follow root's. Returns: devices of no image here.
+
+    Ours is read first: what appears in it later is newer than root's answer and stays.
+    """
+    app = _app(run)
+    committed = await app.read(store.committed_layers)
+    known = {row.name: row for row in await app.read(store.activations)}
+    images = {image.top: image.id for image in reversed(await app.read(store.images))}
+    layers, devices = await root.inventory()
+    lost = set(committed) - {item["layer"] for item in layers if item["state"] == "sealed"}
+    held = {item["name"] for item in devices}
+    gone = [row for name, row in known.items() if name not in held and (names is None or name in names)]
+    found = [d for d in devices if d["name"] not in known and (names is None or d["name"] in names)]
+
+    def write(db: Any) -> None:
+        for layer in lost:
+            store.set_committed(db, layer, False)
+        for row in gone:
+            if store.activation(db, row.name) == row:
+                store.forget_activation(db, row.name)
+        for item in found:
+            if item["layer"] in images and store.activation(db, item["name"]) is None:
+                given = Activation(item["name"], item["layer"], item["mode"], item["device"], item["size"])
+                store.record_activation(db, images[item["layer"]], given)
+
+    run.on_commit(write)
+    return [item["name"] for item in found if item["layer"] not in images]
 
 
 PULL: Machine[PullRequest] = (
@@ -562,6 +672,7 @@ PULL: Machine[PullRequest] = (
     .start("resolve", resolve, result=Resolved, retry=NETWORK)
     .to("layers", pull_layers, result=Layers, retry=Policy(attempts=1, retry_on=classify))
     .to("activate", activate_pulled, result=Activated, retry=ROOT)
+    .finalise(agree_with_root)
     .end("ready")
 )
 
@@ -627,21 +738,24 @@ async def forget(run: Run[RemoveRequest]) -> None:
     image = await app.read(store.image_by_ref, asked.ref, asked.endpoint)
     if image is None:
         return
-    given = await app.read(store.activations, image.id)
-    live = [a.name for a in given if a.is_live()]
-    if live:
-        raise ImgpullError(
-            "busy",
-            f"{asked.ref} is in use",
-            f"activated as {', '.join(live)}",
-            f"`imgpull deactivate {live[0]}` first",
-            retry=False,
-        )
-    stale = [a.name for a in given]
-    if stale:
-        async with app.helper() as root:
-            for name in stale:
-                await _deactivate_stale(root, name)
+    given = await app.read(store.activations)
+    async with app.helper() as root:
+        _, devices = await root.inventory()
+        known = {row.name for row in given}
+        stray = [item for item in devices if item["layer"] == image.top and item["name"] not in known]
+        ours = [row for row in given if row.image == image.id]
+        live = [row.name for row in ours if row.is_live()] + [item["name"] for item in stray if item["live"]]
+        if live:
+            raise ImgpullError(
+                "busy",
+                f"{asked.ref} is in use",
+                f"activated as {', '.join(live)}",
+                f"`imgpull deactivate {live[0]}` first",
+                retry=False,
+            )
+        stale = [row.name for row in ours] + [item["name"] for item in stray]
+        for name in stale:
+            await _deactivate_stale(root, name)
 
     def write(db: Any) -> None:
         for name in stale:
@@ -652,12 +766,19 @@ async def forget(run: Run[RemoveRequest]) -> None:
 
 
 async def _deactivate_stale(root: Helper, name: str) -> None:
-    """End an activation that a reboot has left on root's books only."""
+    """End an activation that is on root's books only; none is fine."""
     try:
         await root.deactivate(name)
     except ImgpullError as error:
         if error.problem.code != "no-such-activation":
             raise
+
+
+async def agree(run: Run[CollectRequest]) -> None:
+    """Have our record of layers and devices follow root's."""
+    async with _app(run).helper() as root:
+        for name in await _follow_root(run, root, None):
+            _app(run).report.notice(f"root holds a device {name} of yours that belongs to no image here")
 
 
 async def remove_layers(run: Run[Any]) -> Removed:
@@ -666,61 +787,66 @@ async def remove_layers(run: Run[Any]) -> Removed:
     removed: list[str] = []
     unused = await removable(app)
     if unused:
+        async with app.engine.transaction() as db:  # the intent first: whoever needs one of them from now on asks root
+            for layer in unused:
+                store.set_committed(db, layer, False)
         async with app.helper() as root:
             for layer in unused:
                 if await _remove_unused(root, layer):
                     removed.append(layer)
     for layer in removed:
-        app.paths.manifest(layer).unlink(missing_ok=True)
         app.report.notice(f"removed layer {escape(layer)[:19]}", layer=layer)
 
     def write(db: Any) -> None:
         for layer in removed:
             store.forget_layer(db, layer)
+        for layer in removed:  # last: whoever has the row has the manifest
+            app.paths.manifest(layer).unlink(missing_ok=True)
 
     run.on_commit(write)
     return Removed(layers=removed)
 
 
 async def removable(app: App) -> list[str]:
-    """Return the layers that neither an image nor a pull at work stands on, each before its parent."""
-    unused = await app.read(store.unused_layers)
-    if not unused:
-        return []
+    """Return the layers that neither an image nor a pull at work stands on, each before its parent.
+
+    First the pulls, then the images: a pull that ends in between has its image by then.
+    """
     needed: set[str] = set()
     for active in await app.read(lambda _: app.engine.lookup.runs("pull", active_only=True)):
         results = await app.read(lambda _, run=active: app.engine.lookup.results(run))  # type: ignore[misc]
         if "resolve" not in results:
-            return []  # it may be about to need any of them
+            continue  # it has built on nothing yet, and will wait for us when it does
         keys = chain_keys(Resolved.model_validate_json(results["resolve"]), app.limits)
-        found = [await app.read(store.chained, key) for key in keys]
-        needed.update(f[0] for f in found if f)
-    return [layer for layer in unused if layer not in needed]
+        for found in [await app.read(store.chained, key) for key in keys]:
+            needed.update(await app.read(store.chain_of, found[0]) if found else [])
+    return [layer for layer in await app.read(store.unused_layers) if layer not in needed]
 
 
 async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]]:
     """Remove blobs beyond the cache's size, least recently used first. Returns: digest and bytes of each.
 
-    What a layer at work has fetched stays, however large it is.
+    What a layer at work has fetched stays, however large it is. The folder tells what is there, our record only when it
+    was used: a process that dies between the two leaves the one without the other.
     """
-    blobs = await app.read(store.blobs_by_age)
-    total = sum(count for _, count in blobs)
+    used_ms = await app.read(store.blobs_by_age)
+    files = {f"sha256:{entry.name}": entry.stat() for entry in _entries(app.paths.blob("").parent)}
+    total = sum(found.st_size for found in files.values())
+    at_work = await _blobs_in_use(app) if total > app.settings.cache_size else set()
     chosen: list[tuple[str, int]] = []
-    if total <= app.settings.cache_size:
-        return chosen
-    used = await _blobs_in_use(app)
-    for digest, count in blobs:
+    for digest in sorted(files.keys() - at_work, key=lambda d: max(used_ms.get(d, 0), files[d].st_mtime_ns // 10**6)):
         if total <= app.settings.cache_size:
             break
-        if digest in used:
-            continue
-        total -= count
-        chosen.append((digest, count))
-    if not dry_run and chosen:
-        for digest, _ in chosen:
-            app.paths.blob(digest).unlink(missing_ok=True)
+        total -= files[digest].st_size
+        chosen.append((digest, files[digest].st_size))
+    if dry_run:
+        return chosen
+    for digest, _ in chosen:
+        app.paths.blob(digest).unlink(missing_ok=True)
+    gone = used_ms.keys() - files.keys() | {digest for digest, _ in chosen}
+    if gone:
         async with app.engine.transaction() as db:
-            for digest, _ in chosen:
+            for digest in gone:
                 store.forget_blob(db, digest)
     return chosen
 
@@ -733,6 +859,12 @@ async def _blobs_in_use(app: App) -> set[str]:
         if "fetch" in results:
             used.add(Blob.model_validate_json(results["fetch"]).digest)
     return used
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return list(entries)
+    return []
 
 
 def drop_partials(app: App, *, dry_run: bool = False) -> list[str]:
@@ -754,33 +886,41 @@ def drop_partials(app: App, *, dry_run: bool = False) -> list[str]:
 
 
 async def _remove_unused(root: Helper, layer: str) -> bool:
-    """Remove one layer. Returns: whether it is gone; False where another user's images or devices need it."""
+    """Remove one layer. Returns: whether it is gone for us; False where a device or a layer needs it."""
     try:
         await root.remove(layer)
     except ImgpullError as error:
-        if error.problem.code in ("busy", "not-permitted"):
+        if error.problem.code == "busy":
             return False
-        raise
+        if error.problem.code != "not-permitted":  # it is not ours, or not any more
+            raise
     return True
 
 
 ACTIVATE: Machine[ActivateRequest] = (
     Machine("activate", ActivateRequest, version=1)
     .start("activate", activate_image, result=Activated, retry=ROOT)
+    .finalise(agree_with_root)
     .end("active")
 )
 DEACTIVATE: Machine[NameRequest] = (
-    Machine("deactivate", NameRequest, version=1).start("deactivate", deactivate_name, retry=ROOT).end("inactive")
+    Machine("deactivate", NameRequest, version=1)
+    .start("deactivate", deactivate_name, retry=ROOT)
+    .finalise(agree_with_root)
+    .end("inactive")
 )
 REMOVE: Machine[RemoveRequest] = (
     Machine("remove", RemoveRequest, version=1)
     .start("forget", forget, retry=ROOT)
     .to("layers", remove_layers, result=Removed, retry=ROOT)
+    .finalise(agree_with_root)
     .end("removed")
 )
 COLLECT: Machine[CollectRequest] = (
-    Machine("collect", CollectRequest, version=1)
-    .start("layers", remove_layers, result=Removed, retry=ROOT)
+    Machine("collect", CollectRequest, version=2)
+    .start("agree", agree, retry=ROOT)
+    .to("layers", remove_layers, result=Removed, retry=ROOT)
+    .finalise(agree_with_root)
     .end("clean")
 )
 MACHINES = (PULL, LAYER, ACTIVATE, DEACTIVATE, REMOVE, COLLECT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_stranger_outside_the_group_is_refused(stranger: User, small: dict[str, 
     said = stranger.run("pull", small["left"], code=77)
     assert "permission denied" in said
     assert "usermod -aG imgpull" in said
+
+
+def test_size_grows_the_file_system_of_one_device_only(user: User, small: dict[str, str]) -> None:
+    user.run("pull", small["left"], "--no-activate")
+    plain = user.run("activate", small["left"], "--name", "plain").strip()
+    large = user.run("activate", small["left"], "--name", "large", "--size", "20G").strip()
+    assert blocks_of(large) == 20 << 18
+    assert blocks_of(plain) < blocks_of(large)
+    checked = subprocess.run(["/usr/sbin/e2fsck", "-fn", large], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    assert user.run("activate", small["left"], "--name", "large", "--size", "20G").strip() == large
+
+
+def blocks_of(device: str) -> int:
+    """Return how many blocks of 4 KiB the ext4 on a device has."""
+    told = subprocess.run(["/usr/sbin/dumpe2fs", "-h", device], capture_output=True, text=True, check=True).stdout
+    return int(next(line.split()[-1] for line in told.splitlines() if line.startswith("Block count:")))
 
 
 @pytest.mark.parametrize("count", [2, 10])
