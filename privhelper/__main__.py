@@ -13,9 +13,10 @@ import sys
 
 from privhelper import kernel, policy
 from privhelper.answers import Answers
+from privhelper.connection import Connection
 from privhelper.devices import Devices, log
 from privhelper.errors import AnswerError, GoneError
-from privhelper.monitor import Connection, serve
+from privhelper.monitor import serve
 from privhelper.policy import Policy, PolicyError
 from privhelper.protocol import EXIT_CODES, ProtocolError
 

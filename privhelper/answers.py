@@ -10,10 +10,11 @@ import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from privhelper import files, kernel, manifest, populate, protocol, sandbox, verify
 from privhelper.admission import Admission
+from privhelper.connection import Connection
 from privhelper.devices import USABLE, Devices
 from privhelper.errors import AnswerError, GoneError, TakenError
 from privhelper.policy import Policy
@@ -27,22 +28,10 @@ _POOL_FIGURES: Final = (
 Answer = tuple[Message, list[int]]
 
 
-class Client(Protocol):
-    """The other end of the connection, as far as an answer needs it."""
-
-    uid: int
-
-    def fileno(self) -> int:
-        """Return the socket, to be polled for a hang-up."""
-
-    def tell(self, message: Message) -> None:
-        """Send something on the way to the answer; lost when the client does not read."""
-
-
 class Answers:
     """One method a request of the table; each returns the body of its ``ok`` and the descriptors that go with it."""
 
-    def __init__(self, policy: Policy, devices: Devices, client: Client) -> None:
+    def __init__(self, policy: Policy, devices: Devices, client: Connection) -> None:
         self._policy, self._settings, self._limits = policy, policy.settings, policy.settings["limits"]
         self._devices, self._ledger, self._store = devices, devices.ledger, devices.store
         self._client, self._uid = client, client.uid
@@ -189,9 +178,7 @@ class Answers:
 
     def _pause(self, pause_s: float) -> None:
         """Wait a little for another process; notice when nobody wants the answer any more."""
-        poll = select.poll()
-        poll.register(self._client.fileno(), select.POLLRDHUP)
-        if poll.poll(pause_s * 1000):
+        if self._client.is_gone(pause_s):
             raise GoneError
 
     # ------------------------------------------------------------ activations

@@ -211,10 +211,10 @@ def _no_form() -> NoReturn:
     raise _BadError("manifest_form", "not the canonical spelling of any operation")
 
 
-def _within(what: str, digits: bytes, ceiling: int) -> int:
+def _within(what: str, digits: bytes, ceiling: int, rule: str = "manifest_limit") -> int:
     value = int(digits)
     if value > ceiling:
-        raise _BadError("manifest_limit", f"{what} {value} above {ceiling}")
+        raise _BadError(rule, f"{what} {value} above {ceiling}")
     return value
 
 
@@ -227,7 +227,7 @@ def _mode(digits: bytes) -> int:
 
 
 def _id(digits: bytes) -> int:
-    return _within("uid or gid", digits, protocol.MAX_ID)
+    return _within("uid or gid", digits, protocol.MAX_ID, "id_above_helper")
 
 
 def _mtime(digits: bytes) -> int:

@@ -6,84 +6,23 @@ Rule 2: descriptors arrive close-on-exec, in the number and of the kinds of the 
 Rule 3: what breaks the protocol gets no answer. It is logged, and the process ends; with it goes all that it held.
 """
 
-import array
 import errno
 import fcntl
 import os
-import select
-import socket
 import sqlite3
 import stat
-import struct
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from privhelper import kernel, protocol
 from privhelper.answers import Answers
+from privhelper.connection import Connection, close_all
 from privhelper.devices import log
 from privhelper.errors import AnswerError, GoneError
 from privhelper.policy import Policy
 from privhelper.protocol import Message, ProtocolError
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
-
-class Connection:
-    """One connected peer, whose uid the kernel vouches for (SO_PEERCRED: who connected, unix(7))."""
-
-    def __init__(self, sock: socket.socket, send_timeout_s: float) -> None:
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            raise ProtocolError("not a SOCK_SEQPACKET unix socket")
-        self._sock = sock
-        self._send_timeout_s = send_timeout_s
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-        self.pid, self.uid, _ = struct.unpack("iII", credentials)
-
-    def fileno(self) -> int:
-        """Return the socket's number."""
-        return self._sock.fileno()
-
-    def receive(self, most_descriptors: int, timeout_s: float) -> tuple[bytes, list[int]]:
-        """Return one message and its descriptors; empty at the end.
-
-        Raises:
-            ProtocolError: nothing came in time, or something was cut off.
-        """
-        self._sock.settimeout(timeout_s)
-        try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                protocol.MAX_MESSAGE, socket.CMSG_SPACE(most_descriptors * 4), socket.MSG_CMSG_CLOEXEC
-            )
-        except TimeoutError:
-            raise ProtocolError(f"silent for {timeout_s} s") from None
-        except ConnectionResetError:  # it went away with answers unread
-            return b"", []
-        descriptors = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            _close(descriptors)
-            raise ProtocolError("a message or its descriptors were cut off")
-        return data, list(descriptors)
-
-    def send(self, message: Message, descriptors: list[int]) -> None:
-        """Send an answer.
-
-        Raises:
-            GoneError: the peer is gone, or does not read.
-        """
-        self._sock.settimeout(self._send_timeout_s)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        try:
-            self._sock.sendmsg([protocol.encode(message)], rights)
-        except OSError as error:
-            raise GoneError(str(error)) from error
-
-    def tell(self, message: Message) -> None:
-        """Send progress if the peer has room for it; send an item in any case."""
-        if message["type"] != "progress" or select.select([], [self._sock], [], 0)[1]:
-            self.send(message, [])
 
 
 def serve(connection: Connection, policy: Policy, answers: Answers) -> None:
@@ -100,7 +39,7 @@ def serve(connection: Connection, policy: Policy, answers: Answers) -> None:
         timeout_s = limits["hello_timeout_s"] if state == "new" else limits["idle_timeout_s"]
         data, descriptors = connection.receive(most, timeout_s)
         if not data:
-            _close(descriptors)
+            close_all(descriptors)
             return
         try:
             op, fields = protocol.parse_request(data)
@@ -111,7 +50,7 @@ def serve(connection: Connection, policy: Policy, answers: Answers) -> None:
             if _answer(connection, op, fields, descriptors, handlers[op], row["returns"]):
                 state = row["next"]
         finally:
-            _close(descriptors)
+            close_all(descriptors)
 
 
 Handler = Callable[[Message, list[int]], tuple[Message, list[int]]]
@@ -149,7 +88,7 @@ def _answer(
     try:
         connection.send(reply, returned)
     finally:
-        _close(returned)
+        close_all(returned)
     return bool(reply["type"] == "ok")
 
 
@@ -195,8 +134,3 @@ _KINDS: Final[dict[str, Callable[[str, int, Mapping[str, Any]], None]]] = {
     "sealed memfd": _is_sealed,
     "regular file open for reading": _is_payload,
 }
-
-
-def _close(descriptors: Any) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

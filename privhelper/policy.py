@@ -10,10 +10,16 @@ import stat
 import tomllib
 from typing import Any, Final, NamedTuple
 
-from privhelper import seccomp
+from privhelper import protocol, seccomp
 
 ADMINISTRATORS_FILE: Final = "/etc/imgpull/helper.toml"
+_TABLES: Final = ("helper.toml", "protocol.toml", "authority.toml")
 _CHILDREN: Final = ("populate", "verify")  # the roles of authority.toml that root starts
+_CEILINGS: Final = {
+    "manifest_bytes": protocol.MAX_MANIFEST_BYTES, "payload_bytes": protocol.MAX_PAYLOAD_BYTES,
+    "content_bytes": protocol.MAX_CONTENT_BYTES, "entries": protocol.MAX_ENTRIES, "depth": protocol.MAX_DEPTH,
+    "device_bytes": protocol.MAX_DEVICE_BYTES,
+}  # fmt: skip
 _FOLDER: Final = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "policy")
 
 
@@ -27,7 +33,7 @@ class Policy(NamedTuple):
     settings: dict[str, Any]  # helper.toml with the administrator's overrides
     requests: dict[str, dict[str, Any]]  # protocol.toml, by name of the request
     authority: dict[str, dict[str, Any]]  # authority.toml
-    filters: dict[str, bytes]  # seccomp programs, by name of the process
+    filters: dict[str, bytes]  # seccomp programs, by role
     digest: str  # sha256 of all texts in force
 
 
@@ -37,21 +43,35 @@ def load(override: str | None) -> Policy:
     Raises:
         PolicyError: a file is missing, malformed, or writable by others; the message names it.
     """
-    texts = {name: _builtin(name) for name in ("helper.toml", "protocol.toml", "authority.toml")}
-    settings, protocol, authority = (_parse(name, texts[name]) for name in sorted(texts, key=list(texts).index))
-    names = sorted(authority[role]["syscalls"] for role in _CHILDREN)
-    for name in names:
-        texts[f"syscalls/{name}.seccomp"] = _builtin(f"syscalls/{name}.seccomp")
-    try:
-        filters = {name: seccomp.program(texts[f"syscalls/{name}.seccomp"].decode("ascii")) for name in names}
-    except ValueError as error:
-        raise PolicyError(f"policy/syscalls: {error}") from error
+    texts = {name: _builtin(name) for name in _TABLES}
+    settings, requests, authority = (_parse(name, texts[name]) for name in _TABLES)
+    texts["syscalls/numbers.txt"] = _builtin("syscalls/numbers.txt")
+    known = seccomp.numbers(texts["syscalls/numbers.txt"].decode("ascii"))
+    filters = {}
+    for role in _CHILDREN:
+        name = f"syscalls/{authority[role]['syscalls']}.seccomp"
+        texts[name] = _builtin(name)
+        try:
+            filters[role] = seccomp.program(texts[name].decode("ascii"), known)
+        except ValueError as error:
+            raise PolicyError(f"policy/{name}: {error}") from error
     if override is None and os.path.exists(ADMINISTRATORS_FILE):
         override = ADMINISTRATORS_FILE
     if override is not None:
         texts["override"] = _administrators(override)
         _merge(settings, _parse(override, texts["override"]), override)
-    return Policy(settings, {row["name"]: row for row in protocol["request"]}, authority, filters, _digest(texts))
+    _check_ceilings(settings)
+    return Policy(settings, {row["name"]: row for row in requests["request"]}, authority, filters, _digest(texts))
+
+
+def _check_ceilings(settings: dict[str, Any]) -> None:
+    """Make sure that no limit is looser than the protocol, and that no id of an image is one that the host may use."""
+    for name, ceiling in _CEILINGS.items():
+        if not 0 <= settings["limits"][name] <= ceiling:
+            raise PolicyError(f"limits: {name} is not between 0 and {ceiling}")
+    first, count = settings["populate"]["first_host_id"], settings["populate"]["id_count"]
+    if first < protocol.MIN_HOST_ID or count != protocol.MAX_ID + 1 or first + count >= 1 << 32:
+        raise PolicyError(f"populate: ids {first} and {count} more are not those that populate may have")
 
 
 def _builtin(name: str) -> bytes:

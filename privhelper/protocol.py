@@ -28,6 +28,7 @@ MAX_MODE: Final = 0o7777
 # Root writes a layer inside a user namespace that maps these ids to 2147483648 and up, above every id of the host. The
 # 32 bits leave room for this many; (uid_t) -1 stays invalid. See policy/decisions/populate-user-namespace.md.
 MAX_ID: Final = 2_147_483_645
+MIN_HOST_ID: Final = 2_147_483_648
 MAX_FILE_BYTES: Final = 1 << 44  # 16 TiB: ext4 with 4 KiB blocks
 MAX_MTIME_NS: Final = 15_032_385_535 * 1_000_000_000  # ext4, 256-byte inodes: 34 bits of seconds from -2^31
 MAX_XATTR_NAME_BYTES: Final = 255  # xattr(7)

@@ -185,7 +185,7 @@ def _lock(policy: Policy, role: str, mount: int, inputs: Sequence[int], tell: in
     kernel.die_with_parent()
     if _is_orphan(tell):
         os._exit(70)
-    kernel.install_seccomp(policy.filters[grant["syscalls"]])
+    kernel.install_seccomp(policy.filters[role])
     return root
 
 

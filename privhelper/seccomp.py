@@ -6,20 +6,11 @@ Rule 2: what no line allows kills the process; so does another architecture and 
 
 import os
 import struct
+from collections.abc import Mapping
 from typing import Final
 
 _MACHINE: Final = os.uname().machine
 _AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# name: (x86_64, aarch64); asm/unistd_64.h and asm-generic/unistd.h
-_NUMBERS: Final = {
-    "readv": (19, 65), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "mmap": (9, 222), "munmap": (11, 215),
-    "brk": (12, 214), "pread64": (17, 67), "mremap": (25, 216), "madvise": (28, 233), "fchmod": (91, 52),
-    "fchown": (93, 55), "fsetxattr": (190, 5), "fgetxattr": (193, 10), "flistxattr": (196, 13),
-    "fremovexattr": (199, 16), "exit_group": (231, 94), "openat": (257, 56), "mkdirat": (258, 34),
-    "mknodat": (259, 33), "fchownat": (260, 54), "newfstatat": (262, 79), "unlinkat": (263, 35), "linkat": (265, 37),
-    "symlinkat": (266, 36), "readlinkat": (267, 78), "utimensat": (280, 88), "preadv": (295, 69), "preadv2": (327, 286),
-    "clock_gettime": (228, 113), "getrandom": (318, 278),
-}  # fmt: skip
 _VALUES: Final = {
     "PROT_EXEC": 4, "MADV_DONTNEED": 4, "MADV_FREE": 8, "NO_FILE": 0xFFFFFFFFFFFFFFFF, "NO_FILE_32": 0xFFFFFFFF,
     "S_IFMT_NOT_FIFO": 0o160000,
@@ -29,8 +20,15 @@ _LOAD, _JUMP_EQUAL, _JUMP_ANY_BIT, _JUMP_FROM, _RETURN = 0x20, 0x15, 0x45, 0x35,
 _AT_NUMBER, _AT_ARCH, _AT_ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
 
-def program(text: str) -> bytes:
-    """Return the BPF program of a policy text.
+def numbers(table: str) -> dict[str, int]:
+    """Return this architecture's number of each system call: policy/syscalls/numbers.txt."""
+    column = {"x86_64": 1, "aarch64": 2}[_MACHINE]
+    rows = (line.split() for line in table.splitlines() if not line.startswith("#"))
+    return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+
+
+def program(text: str, known: Mapping[str, int]) -> bytes:
+    """Return the BPF program of a policy text; ``known`` has the numbers of the calls.
 
     Raises:
         ValueError: a line that is not a rule with a reason; the message names it.
@@ -41,18 +39,18 @@ def program(text: str) -> bytes:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             try:
-                code += _rule(line)
+                code += _rule(line, known)
             except (KeyError, ValueError) as error:
                 raise ValueError(f"line {number}: not a rule with a reason: {line.strip()!r}") from error
     return code + _op(_RETURN, _KILL_PROCESS)
 
 
-def _rule(line: str) -> bytes:
+def _rule(line: str, known: Mapping[str, int]) -> bytes:
     rule, dashes, reason = line.partition(" -- ")
     verb, name, *conditions = rule.split()
     if verb != "allow" or not dashes or not reason.strip() or len(conditions) % 3:
         raise ValueError
-    checks: list[tuple[int, int, int]] = [(_AT_NUMBER, _JUMP_EQUAL, _NUMBERS[name][_MACHINE != "x86_64"])]
+    checks: list[tuple[int, int, int]] = [(_AT_NUMBER, _JUMP_EQUAL, known[name])]
     for argument, operator, value_name in zip(conditions[::3], conditions[1::3], conditions[2::3], strict=True):
         jump = {"==": _JUMP_EQUAL, "!&": _JUMP_ANY_BIT}[operator]
         value = _VALUES[value_name] if value_name in _VALUES else int(value_name, 0)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from privhelper import manifest, populate, verify
+from privhelper import manifest, populate, protocol, verify
 from privhelper.manifest import RejectedError
 from tests.contract.manifests import (
     DIR,
@@ -86,6 +86,15 @@ pytestmark = pytest.mark.root  # owners and file capabilities are set for real
 def test_vector(ground: Ground, vector: Vector) -> None:
     refused = ground.judge(vector.manifest)
     assert (refused is None) == vector.accepted, refused and (refused.rule, str(refused))
+
+
+@pytest.mark.parametrize("field", ["uid", "gid"])
+def test_id_that_cannot_be_kept_has_the_name_that_the_checker_warns_with(field: str) -> None:
+    rules = tomllib.loads((ROOT_FOLDER / "policy/rules.toml").read_text())
+    with pytest.raises(RejectedError, match=f"{protocol.MAX_ID + 1} above {protocol.MAX_ID}") as refused:
+        manifest.parse(encode(FILE | {field: protocol.MAX_ID + 1})[:-1], 7)
+    assert (refused.value.rule, refused.value.entry) == ("id_above_helper", 7)
+    assert "id_above_helper" in rules
 
 
 def test_memory_does_not_grow_with_a_line() -> None:
