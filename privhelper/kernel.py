@@ -166,7 +166,9 @@ def landlock_abi() -> int:
     """Return which Landlock this kernel has; 0 is none."""
     try:
         return _call("landlock_create_ruleset", None, 0, 1)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # landlock(7): not built in, or not switched on
+            raise
         return 0
 
 
