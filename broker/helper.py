@@ -206,6 +206,28 @@ def _lacking(figures: dict[str, Any]) -> str:
     return "; ".join(lacks)
 
 
+def require_door(path: str) -> None:
+    """Raise at once what `connect` would for a socket that is missing or closed to this user: before a long fetch."""
+    try:
+        os.stat(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: OSError) -> ImgpullError:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ImgpullError(
+            "not-permitted",
+            f"{path}: permission denied",
+            "the root helper serves the members of its group only",
+            "as root: `usermod -aG imgpull $USER`, then log in again",
+        )
+    what = f"{path}: {os.strerror(error.errno or 0).lower()}"
+    return ImgpullError("helper-unavailable", what, "the root helper is not running")
+
+
 @asynccontextmanager
 async def connect(path: str) -> AsyncGenerator[Helper, None]:
     """Open one connection to the root helper and greet it.
@@ -220,18 +242,7 @@ async def connect(path: str) -> AsyncGenerator[Helper, None]:
         except trio.TooSlowError:
             raise ImgpullError("helper-unavailable", f"{path}: the root helper does not answer") from None
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise ImgpullError(
-                    "not-permitted",
-                    f"{path}: permission denied",
-                    "the root helper serves the members of its group only",
-                    "as root: `usermod -aG imgpull $USER`, then log in again",
-                ) from error
-            raise ImgpullError(
-                "helper-unavailable",
-                f"{path}: {os.strerror(error.errno or 0).lower()}",
-                "the root helper is not running",
-            ) from error
+            raise _unreachable(path, error) from error
         helper = Helper(sock)
         helper.greeting = await helper._ask({"op": "hello", "version": protocol.VERSION})
         yield helper

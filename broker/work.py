@@ -154,6 +154,7 @@ def pull(
     refresh: bool,
 ) -> Pulled:
     """Pull one image; an object that changes while it is fetched is resolved anew."""
+    helper.require_door(settings.helper_socket)
     request = machines.PullRequest(
         ref=str(reference),
         source=settings.source,
@@ -194,7 +195,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
             "transferred_bytes": layers.transferred,
             "changed_layers": changed,
             "steps": _step_seconds(engine, outcome),
-            "text": f"{len(layers.layers)} layers, {layers.reused} of them there already,"
+            "text": f"{len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {layers.reused} of them there already,"
             f" {size(layers.transferred)} fetched",
         }
         return Pulled(layers.layers[-1], device, summary)
@@ -207,7 +208,7 @@ def _tell_of_the_interrupted(engine: Engine, report: Reporter, key: str) -> None
             children = engine.lookup.children(record)
             done = sum(child.outcome == "done" for child in children)
             report.notice(
-                f"going on where it was interrupted: {done} of {len(children)} layers are done", run=record.id
+                f"going on where it was interrupted: {done} of {len(children)} layers done", run=record.id
             )
 
 

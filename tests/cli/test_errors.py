@@ -120,6 +120,7 @@ SCENES: Final[dict[str, Scene]] = {
     "io-error": helper_says("commit", "fault", "fsync: Input/output error"),
     "state-damaged": foreign_database,
     "busy": name_in_use,
+    "object-changed": fetcher_says("changed", "images/one/1.tar changed while it was fetched"),
     "interrupted": interrupted,
     "version-mismatch": helper_says("hello", "version", "this helper speaks version 2"),
     "access-denied": fetcher_says("access_denied", "cannot list s3://bucket/images/one/: AccessDenied"),
@@ -202,3 +203,8 @@ def test_wrong_command_line_is_told_like_every_error(line: str, world: World) ->
     assert "--help" in err.splitlines()[2]
     code, out, err = world.run(*line.split(), "--json")
     assert (code, json.loads(out)["code"], err) == (2, "usage", "")
+
+
+def test_missing_helper_is_told_before_anything_is_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, status, _, _ = play(world, monkeypatch, "helper-unavailable")
+    assert (status, world.lines("transfers"), world.paths.database.exists()) == (69, [], False)

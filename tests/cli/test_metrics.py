@@ -75,10 +75,12 @@ def test_pull_with_nothing_to_do_writes_no_figures(measured: World) -> None:
 
 def test_figures_are_there_without_a_helper(measured: World) -> None:
     measured.put("one", b"a")
+    measured.run("pull", REF)
     measured.environ["IMGPULL_HELPER_SOCKET"] = str(measured.folder / "none")
-    assert measured.run("pull", REF)[0] == 69
+    assert measured.run("pull", REF, "--refresh")[0] == 69
     found = figures(measured)
-    assert (found["imgpull_helper_up"], found["imgpull_failures_total code=helper-unavailable"]) == (0, 1)
+    assert (found["imgpull_helper_up"], found["imgpull_images"]) == (0, 1)
+    assert "imgpull_pool_ready" not in found
 
 
 def test_figures_that_cannot_be_written_stop_nothing(measured: World) -> None:

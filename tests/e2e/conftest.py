@@ -22,6 +22,7 @@ from tests.layers.synthetic import write_large_files, write_small_files
 from tests.servers.swift import Swift, running
 from tests.support.accounts import Account
 from tests.support.helper import Helper
+from tests.support.output import check_output
 
 BUCKET: Final = "demo"  # as the README's session has it
 
@@ -95,6 +96,7 @@ class User:
         expected = code if isinstance(code, tuple) else (code,)
         log = self.helper.log.read_text()[-1500:]
         assert done.returncode in expected, f"imgpull {' '.join(words)}: {done.returncode}\n{done.stderr}\n{log}"
+        check_output(words, done.stdout)
         return done.stdout if code == 0 else done.stdout + done.stderr
 
     def json(self, *words: str) -> Any:
