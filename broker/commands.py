@@ -496,9 +496,9 @@ def check(settings: Settings, *, files: tuple[str, ...], manifest: bool, all_vio
                 "the name declares no format that a layer can have: .tar, .tar.gz, .tgz, .tar.zst",
                 violations=[],
             )
-    from broker import work
+    from broker import filecheck, work
 
-    accepted = work.check(list(files), with_tree=manifest, all_violations=all_violations)
+    accepted = work.run(lambda: filecheck.check(list(files), with_tree=manifest, all_violations=all_violations))
     if manifest:
         return 0
     if as_json:

@@ -7,19 +7,17 @@ Rule 3: only runs that the command is about are resumed here; `imgpull resume` t
 
 import os
 import signal
-import sys
-import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 import trio
 
-from broker import helper, protocol, store, worker
+from broker import helper, protocol, store
 from broker import pull as machines
-from broker.app import App, check_deadline_s, endpoint_of, running
+from broker.app import App, endpoint_of, running
 from broker.console import Reporter, size
 from broker.errors import ImgpullError
 from broker.helper import LayerAbsentError
@@ -40,7 +38,7 @@ from broker.machine import (
     open_lookup,
 )
 from broker.machine.signals import leaves
-from broker.reference import Reference, media_of
+from broker.reference import Reference
 from broker.settings import Settings
 from broker.store import Image, Paths
 
@@ -376,76 +374,6 @@ def fetcher_ready(settings: Settings) -> protocol.Ready:
             return await session.greeting()
 
     return run(work)
-
-
-# ---------------------------------------------------------------- checking files
-
-
-def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[protocol.Accepted]:
-    """Check files as the layers of one image; the merged tree goes to standard output if it is asked for.
-
-    Raises: ImgpullError `archive-rejected` for the first layer that is refused.
-    """
-
-    async def work() -> list[protocol.Accepted]:
-        accepted: list[protocol.Accepted] = []
-        with ExitStack() as stack:
-            lower: list[int] = []
-            for number, name in enumerate(files, 1):
-                manifest = os.memfd_create("imgpull-manifest", os.MFD_CLOEXEC)
-                stack.callback(os.close, manifest)
-                tree = None
-                if with_tree and number == len(files):
-                    tree = os.memfd_create("imgpull-tree", os.MFD_CLOEXEC)
-                    stack.callback(os.close, tree)
-                accepted.append(await _check_file(name, number, lower, manifest, tree, all_violations))
-                lower.append(manifest)
-                if tree is not None:
-                    _print_file(tree)
-        return accepted
-
-    return run(work)
-
-
-async def _check_file(
-    name: str, number: int, lower: list[int], manifest: int, tree: int | None, all_violations: bool
-) -> protocol.Accepted:
-    media = media_of(name)
-    assert media is not None
-    with ExitStack() as stack:
-        try:
-            blob = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ImgpullError("io-error", f"{name}: {error.strerror}") from error
-        stack.callback(os.close, blob)
-        payload = None
-        if media != "tar":
-            # The checker reads the uncompressed tar twice, so it needs a place; without a name it leaves no trace.
-            payload = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, payload)
-        job = protocol.CheckJob(
-            media=media,
-            layer_number=number,
-            lower=lower,
-            manifest_fd=manifest,
-            payload_fd=payload,
-            tree_fd=tree,
-            all_violations=all_violations,
-        )
-        inherited = [*lower, manifest, *(fd for fd in (payload, tree) if fd is not None)]
-        verdict = await worker.check(job, blob, inherited, deadline_s=check_deadline_s())
-    if isinstance(verdict, protocol.Rejected):
-        raise machines.rejected(name, verdict)
-    return verdict
-
-
-def _print_file(descriptor: int) -> None:
-    done = 0
-    sys.stdout.flush()
-    while chunk := os.pread(descriptor, 1 << 20, done):
-        sys.stdout.buffer.write(chunk)
-        done += len(chunk)
-    sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- runs

@@ -20,6 +20,7 @@ import stat
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 # Before pydantic: its plugins are entry points of whatever is installed, which this program never runs, and looking for
@@ -37,7 +38,7 @@ from unpriv.hashing import Hasher
 from unpriv.manifest import write_all
 
 # The descriptors as policy/syscalls/check.seccomp knows them.
-_BLOB, _REPORT, _LAST_LINE, _PAYLOAD, _MANIFEST, _TREE, _SCRATCH, _LOWER = range(8)
+_BLOB, _REPORT, _LAST_LINE, _PAYLOAD, _MANIFEST, _TREE, _SCRATCH, _GATE, _LOWER = range(9)
 
 _UNREADABLE: Final = b"neither bzip2 nor xz"
 _CPU_GRACE_S: Final = 10  # by which the kernel's limit lies above our own
@@ -80,7 +81,7 @@ def _check(arguments: list[str]) -> int:
     lower_count = len(job.lower)
     present = _arrange(job)
     blob = _open(_BLOB)
-    lowers = [_open(_LOWER + number) for number in range(lower_count)]
+    lowers = [_open(_LOWER + number) for number in range(lower_count)]  # their sizes may grow until the gate opens
     hasher = Hasher()
     _warm_up(job.media, hasher, in_force)
     sandbox.lock("check", sandbox.Rules(), rlimits(in_force, lower_count), start_threads=hasher.start)
@@ -92,9 +93,18 @@ def _check(arguments: list[str]) -> int:
         scratch=_SCRATCH if _TREE in present else None,
         progress=lambda done_bytes: _report({"type": "progress", "done_bytes": done_bytes}),
     )
-    verdict = pipeline.verdict(job.media, blob, lowers, in_force, findings, hasher, outputs)
+    verdict = pipeline.verdict(
+        job.media, blob, _behind_gate(lowers, _GATE in present), in_force, findings, hasher, outputs
+    )
     _report(verdict)
     return _ACCEPTED if verdict["type"] == "accepted" else _REJECTED
+
+
+def _behind_gate(lowers: list[Blob], gated: bool) -> Iterator[Blob]:
+    """Yield the lower layers' manifests once they are whole: the broker says so when this layer has been read."""
+    if gated and not os.read(_GATE, 1):
+        raise RuntimeError("a layer below was not accepted")
+    yield from lowers
 
 
 def _job(arguments: list[str]) -> CheckJob:
@@ -122,7 +132,9 @@ def _arrange(job: CheckJob) -> set[int]:
     """Move the job's descriptors to the numbers of the policy and close all others; return those in use."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    wanted: dict[int, int | None] = {_PAYLOAD: job.payload_fd, _MANIFEST: job.manifest_fd, _TREE: job.tree_fd}
+    wanted: dict[int, int | None] = {
+        _PAYLOAD: job.payload_fd, _MANIFEST: job.manifest_fd, _TREE: job.tree_fd, _GATE: job.gate_fd,
+    }  # fmt: skip
     wanted |= {_LOWER + number: descriptor for number, descriptor in enumerate(job.lower)}
     if job.tree_fd is not None:
         wanted[_SCRATCH] = os.memfd_create("manifest", os.MFD_CLOEXEC)

@@ -6,7 +6,7 @@ Rule 2: a word of the strict reader is better than a disagreement, so it always 
 Rule 3: nothing here opens, seeks or locks anything; check.py has done that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -77,13 +77,13 @@ class _Feed:
 def run(
     media: str,
     blob: Blob,
-    lowers: Sequence[Blob],
+    lowers: Iterable[Blob],
     limits: Limits,
     findings: Findings,
     hasher: Hasher,
     outputs: Outputs,
 ) -> dict[str, Any]:
-    """Check one blob on top of lower layers; return the report that it is accepted.
+    """Check one blob on top of lower layers, which are asked for when it has been read; return that it is accepted.
 
     Raises:
         RejectedError: it is refused; ``findings`` may hold more refusals that came before.
@@ -171,7 +171,7 @@ def _list(lower: Lower, outputs: Outputs, manifest_bytes: int, quota: Quota) -> 
 def verdict(
     media: str,
     blob: Blob,
-    lowers: Sequence[Blob],
+    lowers: Iterable[Blob],
     limits: Limits,
     findings: Findings,
     hasher: Hasher,

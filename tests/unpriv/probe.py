@@ -141,7 +141,7 @@ PROBES: dict[str, Callable[[], object]] = {
     "duplicate_descriptor": lambda: os.dup(0),
     "read_report_pipe": lambda: os.read(1, 1),
     "write_blob": lambda: os.write(0, b"x"),
-    "write_lower_manifest": lambda: os.write(7, b"x"),
+    "write_lower_manifest": lambda: os.write(8, b"x"),
     "write_other_descriptor": lambda: os.write(40, b"x"),
     "truncate_manifest": lambda: os.ftruncate(4, 0),
     "ioctl": lambda: call("ioctl", 1, 0x5412, ADDRESS),  # TIOCSTI

@@ -199,6 +199,29 @@ def armed(lines: str) -> list[str]:
     return patched(f"w = c._warm_up\ndef warm(*a):\n w(*a)\n{indented}c._warm_up = warm")
 
 
+@pytest.mark.parametrize(("word", "code"), [(b"\1", 0), (b"", 70)])
+def test_the_lower_manifests_are_read_behind_the_gate(tmp_path: Path, word: bytes, code: int) -> None:
+    """They are written while the layer is read; without a word from the broker there is no verdict."""
+    lower = os.memfd_create("lower")
+    reading, writing = os.pipe()
+    job = json.dumps({"media": "tar", "lower": [lower], "gate_fd": reading})
+    with blob(tmp_path, tar(member(b"d/.wh.f"))).open("rb") as source:
+        process = subprocess.Popen(
+            [*COMMAND, job],
+            stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"},
+            pass_fds=[lower, reading],
+        )  # fmt: skip
+    os.close(reading)
+    os.write(lower, check(HONEST).manifest)
+    os.write(writing, word)
+    os.close(writing)
+    said, _ = process.communicate(timeout=60)
+    os.close(lower)
+    assert process.returncode == code
+    if word:
+        assert json.loads(said)["parent"] == check(HONEST).report["layer"]
+
+
 def test_a_mistake_inside_the_sandbox_is_one_line_and_no_death(tmp_path: Path) -> None:
     """The traceback printer would open source files: killed, and nobody would know why."""
     command = armed("import unpriv.merge as m\nm.check = lambda *b: 1 // 0")
