@@ -16,6 +16,7 @@ from privhelper.stores.base import READY, Pool, StoreError
 _USAGE: Final = """usage: imgpull-helper [--config FILE] COMMAND
   serve                       answer one connection on descriptor 3 (LISTEN_FDS=1)
   reconcile                   make ledger and store agree
+  audit                       try, inside the sandboxes of populate and verify, what must be denied
   pool create [--size BYTES] [--metadata PATH] [--data PATH] [--metadata-bytes N] [--data-bytes N] [--block-bytes N]
   pool attach | detach | status | check
   pool grow [--metadata-bytes N] [--data-bytes N]
@@ -35,12 +36,26 @@ def run(grants: Policy, words: list[str]) -> int:
         if words == ["reconcile"]:
             sys.stdout.writelines(f"{action}\n" for action in Devices(grants).reconcile(thorough=True))
             return 0
+        if words == ["audit"]:
+            return _audit(grants)
         if words[:1] == ["pool"] and len(words) > 1:
             return _pool(grants, words[1], _options(words[2:]))
     except ValueError:
         pass
     sys.stderr.write(_USAGE)
     return _EX_USAGE
+
+
+def _audit(grants: Policy) -> int:
+    from privhelper import audit
+
+    failed = 0
+    for row in audit.audit(grants, Devices(grants)):
+        is_right = row.got.split(" ")[0] == row.expected
+        failed += not is_right
+        mark = "ok" if is_right else "WRONG"
+        sys.stdout.write(f"{mark:<6}{row.place:<10}{row.attempt:<23}{row.expected:<9}{row.got}\n")
+    return 1 if failed else 0
 
 
 def _options(words: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _POLICY: Final = (
     "helper.toml",
     "protocol.toml",
     "authority.toml",
+    "audit.toml",
     "syscalls/numbers.txt",
     "syscalls/populate.seccomp",
     "syscalls/verify.seccomp",

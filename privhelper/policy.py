@@ -43,14 +43,14 @@ def load(override: str | None) -> Policy:
     Raises:
         PolicyError: a file is missing, malformed, or writable by others; the message names it.
     """
-    texts = {name: _builtin(name) for name in _TABLES}
+    texts = {name: builtin(name) for name in _TABLES}
     settings, requests, authority = (_parse(name, texts[name]) for name in _TABLES)
-    texts["syscalls/numbers.txt"] = _builtin("syscalls/numbers.txt")
+    texts["syscalls/numbers.txt"] = builtin("syscalls/numbers.txt")
     known = seccomp.numbers(texts["syscalls/numbers.txt"].decode("ascii"))
     filters = {}
     for role in _CHILDREN:
         name = f"syscalls/{authority[role]['syscalls']}.seccomp"
-        texts[name] = _builtin(name)
+        texts[name] = builtin(name)
         try:
             filters[role] = seccomp.program(texts[name].decode("ascii"), known)
         except ValueError as error:
@@ -74,7 +74,7 @@ def _check_ceilings(settings: dict[str, Any]) -> None:
         raise PolicyError(f"populate: ids {first} and {count} more are not those that populate may have")
 
 
-def _builtin(name: str) -> bytes:
+def builtin(name: str) -> bytes:
     """Read one file of policy/, from a source tree, a wheel or a zipapp alike."""
     loader: Any = __spec__.loader
     try:

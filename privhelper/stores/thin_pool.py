@@ -6,6 +6,7 @@ Rule 2: metadata passes thin_check(8) before the kernel sees it, which also keep
 Rule 3: a pool is ours if the file system in its base has the UUID that pool.json has, and its making was finished.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -180,6 +181,7 @@ def _make_blank(path: str, size_bytes: int, undo: ExitStack) -> None:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
+        _refuse_lvm_pool(path)
         # open(2): O_EXCL on a block device is EBUSY while somebody uses it.
         with open(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC), "rb") as device:
             if not stat.S_ISBLK(os.fstat(device.fileno()).st_mode) or any(device.read(_BLANK_BYTES)):
@@ -188,6 +190,19 @@ def _make_blank(path: str, size_bytes: int, undo: ExitStack) -> None:
     with open(file, "rb"):
         undo.callback(os.unlink, path)
         os.posix_fallocate(file, 0, size_bytes)
+
+
+def _refuse_lvm_pool(path: str) -> None:
+    """Refuse what LVM's own thin pools consist of (lvmthin(7)); plain logical volumes are as good as other devices.
+
+    LVM activates them by itself and gives a pool up whose transaction id is not the one that it has counted to.
+    """
+    with contextlib.suppress(FileNotFoundError):  # no device-mapper device
+        with open(f"/sys/dev/block/{numbers(os.stat(path).st_rdev)}/dm/uuid", encoding="ascii") as file:
+            uuid = file.read().strip()
+        if uuid.startswith("LVM-") and uuid.endswith(("-tdata", "-tmeta", "-tpool", "-pool")):
+            reason = "is LVM's thin pool or part of it, and LVM counts its transactions: give two plain logical volumes"
+            raise StoreError("refused", f"{path} {reason}")
 
 
 def _open_backing(path: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from privhelper import build, kernel, policy, seccomp
+from privhelper import administer, audit, build, kernel, policy, seccomp
 from privhelper.policy import PolicyError
 from tests.privhelper.client import ROOT, SYSTEM_PYTHON, Layer, memfd
 from tests.privhelper.conftest import Installation
@@ -301,6 +301,31 @@ def check_populate(pid: int, parent: int) -> None:
     assert re.search(r"Max processes +0 +0", limits) and re.search(r"Max core file size +0 +0", limits)
 
 
+@root
+def test_audit_finds_what_the_policy_says(installation: Installation) -> None:
+    done = installation.run("audit", check=False)
+    print(done.stdout)
+    rows = [line.split(None, 4) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row[0] for row in rows} == {"ok"}
+    assert len(rows) == 2 * len(audit.ATTEMPTS)
+    assert [(row[1], row[2]) for row in rows if row[4] == "granted"] == [
+        ("populate", "open_its_root"), ("populate", "create_a_file"), ("verify", "open_its_root"),
+    ]  # fmt: skip
+
+
+@root
+def test_audit_tells_a_way_that_is_open(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without seccomp and without Landlock some attempts succeed, and the audit does not say ok."""
+    monkeypatch.setattr(kernel, "install_seccomp", lambda program: None)
+    monkeypatch.setattr(kernel, "restrict_beneath", lambda root, rights: 0)
+    assert administer.run(policy.load(str(installation.config)), ["audit"]) == 1
+    wrong = [line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert ["verify", "memory_that_runs"] in wrong and ["populate", "connect"] in wrong
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -332,7 +357,7 @@ PARTS = {
     "the thin store": ("stores/thin", "dm"),
     "runs in the child, without authority": ("manifest", "populate", "verify"),
     "root's own commands, never loaded to serve": (
-        "administer", "stores/ext4", "stores/reflink_pool", "stores/thin_pool",
+        "administer", "audit", "stores/ext4", "stores/reflink_pool", "stores/thin_pool",
     ),
 }  # fmt: skip
 
