@@ -193,8 +193,8 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
             "transferred_bytes": layers.transferred,
             "changed_layers": changed,
             "steps": _step_seconds(engine, outcome),
-            "text": f"{len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {layers.reused} of them there already,"
-            f" {size(layers.transferred)} fetched",
+            "text": f"{len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {layers.reused} of them there"
+            f" already, {size(layers.transferred)} fetched",
         }
         return Pulled(layers.layers[-1], device, summary)
 
