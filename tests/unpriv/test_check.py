@@ -297,7 +297,7 @@ def test_output_has_a_limit_in_the_kernel() -> None:
         "as": in_force.run.address_space_bytes,
         "cpu": in_force.run.cpu_s + 10,
         "fsize": in_force.stream.payload_bytes + (1 << 30),
-        "nofile": 10,
+        "nofile": 11,
         "nproc": 0,
     }
 
