@@ -3,6 +3,8 @@
 Rule 1: each attempt is made for real, from inside the real sandbox or at the real door of the root helper.
 Rule 2: what is expected comes from policy/audit.toml; whatever is not granted there must be denied or killed.
 Rule 3: no attempt changes anything, also where it should succeed against our expectation.
+
+The sandboxes of populate and verify need root to start them: `imgpull-helper audit` does the same for these.
 """
 
 import array
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from broker.policy import helpers_digest
 from broker.settings import POLICY_DIR, Settings
 from broker.worker import CHECK_ENVIRONMENT
 from privhelper import protocol
@@ -56,6 +59,7 @@ def audit(settings: Settings) -> list[Attempt]:
                 expected = "granted" if name in expectations[role]["granted"] else "denied"
                 rows.append(Attempt(role, name, expected, _try(role, name, folder)))
     if os.path.exists(settings.helper_socket):
+        rows.append(Attempt("helper", "policy_is_the_one_shown", "same", _compare(settings.helper_socket)))
         rows += [Attempt("helper", n, "denied", _knock(settings.helper_socket, f)) for n, f in KNOCKS.items()]
     return rows
 
@@ -150,6 +154,19 @@ KNOCKS: Final[dict[str, Callable[[socket.socket], None]]] = {
     "descriptor_without_access": _path_only,
     "200_descriptors": _many_descriptors,
 }
+
+
+def _compare(path: str) -> str:
+    """Return ``same`` where the helper is bound by the files that `imgpull policy show` prints."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(TIMEOUT_S)
+        try:
+            sock.connect(path)
+            _send(sock, HELLO)
+            found, expected = protocol.decode(sock.recv(protocol.MAX_MESSAGE)).get("policy"), helpers_digest()
+        except (OSError, protocol.ProtocolError) as error:
+            return f"unclear ({error})"
+    return "same" if found == expected else f"other ({found}, shown is {expected})"
 
 
 def _knock(path: str, attempt: Callable[[socket.socket], None]) -> str:

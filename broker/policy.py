@@ -2,8 +2,10 @@
 
 Rule 1: this file decides nothing and repeats nothing; the programs that are bound by policy/ load it themselves.
 Rule 2: an administrator's file below /etc/imgpull goes before ours, key by key, and is named where it does.
+Rule 3: the installed helper carries policy/ in itself; whether it is this one is asked of it, by digest.
 """
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -43,7 +45,23 @@ def grants(policy_dir: Path = POLICY_DIR, system_dir: Path = SYSTEM_DIR) -> list
         found += values.values()
     for path in sorted((policy_dir / "syscalls").glob("*.seccomp")):
         found += _system_calls(path)
+    for path in sorted((policy_dir / "systemd").rglob("imgpull-*")):
+        found += _directives(path)
     return found
+
+
+def helpers_digest(policy_dir: Path = POLICY_DIR, system_dir: Path = SYSTEM_DIR) -> str:
+    """Return what the root helper answers to `hello` if it is bound by these very files (privhelper/policy.py)."""
+    syscalls = ("numbers.txt", "populate.seccomp", "verify.seccomp")
+    names = ["helper.toml", "protocol.toml", "authority.toml", *(f"syscalls/{name}" for name in syscalls)]
+    texts = {name: (policy_dir / name).read_bytes() for name in names}
+    override = system_dir / "helper.toml"
+    if override.exists():
+        texts["override"] = override.read_bytes()
+    whole = hashlib.sha256()
+    for name, text in sorted(texts.items()):
+        whole.update(f"{name} {len(text)}\n".encode() + text)
+    return "sha256:" + whole.hexdigest()
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -96,3 +114,11 @@ def _system_calls(path: Path) -> Iterator[Grant]:
             action, name, *conditions = rule.split()
             shown = f"{action} {' '.join(conditions)}".strip()
             yield Grant(f"syscalls.{path.stem}.{name}", f"{shown} ({reason.strip()})", f"{path}:{number}")
+
+
+def _directives(path: Path) -> Iterator[Grant]:
+    """Yield what a unit asks of systemd; a directive that is set more than once is shown as often."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name, separator, value = line.partition("=")
+        if separator and name.isalpha():
+            yield Grant(f"systemd.{path.name}.{name}", value, f"{path}:{number}")

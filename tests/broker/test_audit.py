@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from broker import audit
+from broker import audit, policy
 from broker.cli import imgpull
 from broker.settings import load
 from tests.support.helper import Helper
@@ -38,6 +38,14 @@ def test_door_of_the_real_helper(helper: Helper) -> None:
         ["policy", "audit", "--json"],
         env={"IMGPULL_HELPER_SOCKET": str(helper.socket), "HOME": "/nonexistent"},
     )
-    rows = [row for row in json.loads(result.stdout) if row["place"] == "helper"]
-    assert result.exit_code == 0
+    first, *rows = [row for row in json.loads(result.stdout) if row["place"] == "helper"]
+    # The helper of the tests has settings of its own, for a small pool: it must be told from the one that is shown.
+    assert (first["attempt"], first["got"].split(" ")[0], first["ok"]) == ("policy_is_the_one_shown", "other", False)
+    assert result.exit_code == 1
     assert [row["got"] for row in rows] == ["denied (hung up)"] * len(audit.KNOCKS)
+
+
+@pytest.mark.root
+def test_helper_that_is_bound_by_what_is_shown(helper: Helper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "helpers_digest", lambda: policy.helpers_digest(system_dir=helper.config.parent))
+    assert audit._compare(str(helper.socket)) == "same"

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from broker import policy
+from broker.settings import POLICY_DIR
 
 
 def test_every_value_of_the_policy_is_shown_with_its_line() -> None:
@@ -13,6 +14,16 @@ def test_every_value_of_the_policy_is_shown_with_its_line() -> None:
     assert Path(path).read_text().splitlines()[int(line) - 1].startswith("activations")
     assert "protocol.request.commit.brings" in found
     assert any(key.startswith("syscalls.check.") for key in found)
+    assert found["systemd.imgpull-helper@.service.NoNewPrivileges"].value == "yes"
+    assert found["authority.populate.capabilities_in_namespace"].value.startswith("CHOWN, ")
+
+
+def test_every_file_of_the_policy_is_shown() -> None:
+    """Data that binds a program and is not shown would be a grant that nobody sees."""
+    shown = {Path(g.origin.rpartition(":")[0]).name for g in policy.grants()}
+    kinds = (".toml", ".seccomp", ".service", ".socket", ".timer")
+    there = {path.name for path in POLICY_DIR.rglob("*") if path.suffix in kinds}
+    assert shown == there - {"rules.toml"}  # these are texts: `imgpull explain`
 
 
 def test_administrators_file_goes_before_ours(tmp_path: Path) -> None:
