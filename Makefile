@@ -20,7 +20,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format manual helper install-helper vm fuzz bench lock clean
+.PHONY: help setup demo test lint format manual helper install-helper vm fuzz soak bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -63,6 +63,11 @@ vm: setup  ## the tests that need a kernel with device-mapper, in a virtual mach
 
 fuzz: setup  ## fuzz the parsers; FUZZ_SECONDS a harness
 	$(PYTHON) -m tests.fuzz
+
+# Goes on where it was stopped: each finished round is noted in build/soak. SOAK_STEPS=20000 for a short one.
+SOAK_STEPS ?= 2000000
+soak: setup  ## two million random operations, deaths and reboots against a model, without root; SOAK_STEPS
+	IMGPULL_SOAK_STEPS=$(SOAK_STEPS) IMGPULL_SOAK_LOG=build/soak $(PYTHON) -m pytest -p no:cacheprovider -q -s tests/broker/test_simulation.py
 
 bench: setup  ## measure beside aws, curl, tar, umoci and the floors; BENCH_ARGS="--sizes small --only check"
 	@tests/setup/apt.sh tests/bench/packages.txt

@@ -72,9 +72,9 @@ class App:
         return await self.engine.read(lambda _: lookup.outcome(lookup.run(run_id)))
 
     async def fetcher(self, endpoint: protocol.Endpoint) -> worker.Fetcher:
-        """Return the running fetcher for an endpoint, starting it when it is the first time."""
+        """Return the running fetcher for an endpoint, starting it the first time and after its death."""
         async with self._starting:
-            if endpoint not in self._fetchers:
+            if endpoint not in self._fetchers or self._fetchers[endpoint].is_dead:
                 self._fetchers[endpoint] = await self._nursery.start(self._run_fetcher, endpoint)
             return self._fetchers[endpoint]
 

@@ -170,9 +170,8 @@ async def check_layer(run: Run[LayerRequest]) -> Checked:
     digest = run.result("fetch", Blob).digest
     await _after_removals(run)
     parent = await _lower_layer(run)
-    found = await app.read(store.verdict, digest, asked.media, parent, app.limits)
-    if found is not None:
-        known = found
+    known = await app.read(store.verdict, digest, asked.media, parent, app.limits)
+    if known is not None and await _has_manifest(app, known):
 
         def reuse(db: Any) -> None:
             _refuse_doomed(db, known)
@@ -191,6 +190,15 @@ async def check_layer(run: Run[LayerRequest]) -> Checked:
 
     run.on_commit(record)
     return Checked(layer=accepted.layer, parent=parent, reused=False)
+
+
+async def _has_manifest(app: App, layer: str) -> bool:
+    """Tell whether a layer's manifest is here, or root could give it back."""
+    try:
+        os.close(await app.manifest_fd(layer))
+    except LayerAbsentError:
+        return False
+    return True
 
 
 async def _after_removals(run: Run[Any]) -> None:
@@ -790,21 +798,32 @@ async def remove_layers(run: Run[Any]) -> Removed:
         async with app.engine.transaction() as db:  # the intent first: whoever needs one of them from now on asks root
             for layer in unused:
                 store.set_committed(db, layer, False)
+        kept: set[str] = set()
         async with app.helper() as root:
             for layer in unused:
+                if layer in kept:
+                    continue
                 if await _remove_unused(root, layer):
                     removed.append(layer)
+                else:
+                    kept.update(await app.read(store.chain_of, layer))
     for layer in removed:
         app.report.notice(f"removed layer {escape(layer)[:19]}", layer=layer)
 
     def write(db: Any) -> None:
         for layer in removed:
             store.forget_layer(db, layer)
-        for layer in removed:  # last: whoever has the row has the manifest
-            app.paths.manifest(layer).unlink(missing_ok=True)
 
     run.on_commit(write)
     return Removed(layers=removed)
+
+
+async def drop_manifests(run: Run[Any], outcome: Outcome) -> None:
+    """Remove the manifests of layers that are forgotten; not before, since whoever has the row needs the manifest."""
+    app = _app(run)
+    for layer in outcome.result("layers", Removed).layers if "layers" in outcome.results else ():
+        if not await app.read(store.has_layer, layer):
+            app.paths.manifest(layer).unlink(missing_ok=True)
 
 
 async def removable(app: App) -> list[str]:
@@ -830,7 +849,7 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
     was used: a process that dies between the two leaves the one without the other.
     """
     used_ms = await app.read(store.blobs_by_age)
-    files = {f"sha256:{entry.name}": entry.stat() for entry in _entries(app.paths.blob("").parent)}
+    files = {f"sha256:{entry.name}": entry.stat() for entry in _entries(app.paths.blob_dir / "sha256")}
     total = sum(found.st_size for found in files.values())
     at_work = await _blobs_in_use(app) if total > app.settings.cache_size else set()
     chosen: list[tuple[str, int]] = []
@@ -913,6 +932,7 @@ REMOVE: Machine[RemoveRequest] = (
     Machine("remove", RemoveRequest, version=1)
     .start("forget", forget, retry=ROOT)
     .to("layers", remove_layers, result=Removed, retry=ROOT)
+    .finalise(drop_manifests)
     .finalise(agree_with_root)
     .end("removed")
 )
@@ -920,6 +940,7 @@ COLLECT: Machine[CollectRequest] = (
     Machine("collect", CollectRequest, version=2)
     .start("agree", agree, retry=ROOT)
     .to("layers", remove_layers, result=Removed, retry=ROOT)
+    .finalise(drop_manifests)
     .finalise(agree_with_root)
     .end("clean")
 )

@@ -341,6 +341,16 @@ def is_committed(db: sqlite3.Connection, layer: str) -> bool:
     return bool(row and row["committed"])
 
 
+def has_layer(db: sqlite3.Connection, layer: str) -> bool:
+    """Tell whether we know this layer, sealed or not."""
+    return query_one(db, "SELECT 1 FROM layer WHERE id = ?", (layer,)) is not None
+
+
+def committed_layers(db: sqlite3.Connection) -> list[str]:
+    """Return the layers that the helper has sealed, as far as we were told."""
+    return [str(row["id"]) for row in query(db, "SELECT id FROM layer WHERE committed = 1")]
+
+
 def content_bytes(db: sqlite3.Connection, layer: str) -> int:
     """Return the bytes of a layer's files."""
     row = query_one(db, "SELECT content_bytes FROM layer WHERE id = ?", (layer,))
@@ -385,9 +395,9 @@ def unused_layers(db: sqlite3.Connection) -> list[str]:
     return [str(row["id"]) for row in rows]
 
 
-def blobs_by_age(db: sqlite3.Connection) -> list[tuple[str, int]]:
-    """Return digest and size of the cached blobs, least recently used first."""
-    return [(str(r["digest"]), int(r["size"])) for r in query(db, "SELECT digest, size FROM blob ORDER BY used_ms")]
+def blobs_by_age(db: sqlite3.Connection) -> dict[str, int]:
+    """Return for each blob when it was last used, in milliseconds since the epoch."""
+    return {str(row["digest"]): int(row["used_ms"]) for row in query(db, "SELECT digest, used_ms FROM blob")}
 
 
 # ---------------------------------------------------------------- writing, inside a step's transaction

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 import trio
 from pydantic import TypeAdapter, ValidationError
 
+from broker import limits
 from broker import protocol as wire
 from broker.errors import ImgpullError
 
@@ -121,7 +122,7 @@ async def check(
             verdict = report
 
     process = await trio.lowlevel.open_process(
-        [*CHECK, job.model_dump_json()],
+        [*CHECK, job.model_dump_json(), _limits()],
         stdin=blob_fd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -149,6 +150,14 @@ async def check(
             "worker-failed", "the checker gave no verdict", _ending(process.returncode or 0, bytes(last_words))
         )
     return verdict
+
+
+def _limits() -> str:
+    """Return the limits in force, as the checker takes them."""
+    try:
+        return limits.load().model_dump_json()
+    except limits.LimitsError as error:
+        raise CheckError("configuration", "the limits of a check cannot be used", str(error)) from error
 
 
 async def _collect(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
@@ -181,6 +190,11 @@ class Fetcher:
         self.ready: wire.Ready | None = None
         self._is_ready = trio.Event()
         self.last_words = bytearray()
+
+    @property
+    def is_dead(self) -> bool:
+        """Tell whether it can answer nothing any more."""
+        return self._ended is not None or self._process.returncode is not None
 
     async def greeting(self) -> wire.Ready:
         """Wait until the fetcher's sandbox holds and return what it said of it."""
@@ -240,7 +254,7 @@ class Fetcher:
                     raise fetch_error(report)
                 else:
                     return report
-            raise self._ended or ImgpullError("worker-failed", "the fetcher ended")
+            raise self._ended or ImgpullError("s3-unavailable", "the fetcher ended early")
         finally:
             self._waiting.pop(number, None)
 
@@ -252,7 +266,7 @@ class Fetcher:
             try:
                 await self._process.stdin.send_all(message.model_dump_json().encode() + b"\n")
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise self._ended or ImgpullError("worker-failed", "the fetcher ended") from error
+                raise self._ended or ImgpullError("s3-unavailable", "the fetcher ended early") from error
 
     def _take(self, line: bytes) -> None:
         report = _parse(_FETCH, line)

@@ -1,33 +1,45 @@
 """kill -9 at every commit of every machine; the next run ends right, with each effect there exactly once.
 
 The points are not listed here: a run without a kill names those that it passes, then each is the last one of a run of
-its own. The processes are forked from this one, so that a run costs no imports.
+its own. So are the moments at which a worker or root can die: what a worker says, and what root is asked. The processes
+are forked from this one, so that a run costs no imports; where no worker is to die, the workers are inside them.
+
+A second death while the first is mended is sampled; ``IMGPULL_FAULTS=all`` tries every pair.
 """
 
 import json
 import os
+import random
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker import work
+from broker import work, worker
 from broker.machine import Hooks
 from broker.pull import MACHINES
 from tests.broker.fake_helper import HangUpError
+from tests.broker.inprocess import Surroundings
 from tests.broker.test_pull import REF
 from tests.support.world import World
 
 OTHER = "s3://bucket/images/two"
+FIRST, SECOND = (1, 1) if os.environ.get("IMGPULL_FAULTS") == "all" else (4, 3)  # steps through pairs of deaths
 killed: list[str] = []
 
 
-def in_child(world: World, words: list[str], point: Callable[[str], None] | None) -> int:
-    """Run one command in a forked process; return its exit status, negative for a signal."""
+def in_child(
+    world: World, words: list[str], point: Callable[[str], None] | None = None, *, programs: bool = False
+) -> int:
+    """Run one command in a forked process; return its exit status, negative for a signal.
+
+    The workers are inside the process, or `programs`.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -35,6 +47,12 @@ def in_child(world: World, words: list[str], point: Callable[[str], None] | None
         signal.alarm(60)  # a run that hangs dies as SIGALRM and fails its test
         if point is not None:
             work.HOOKS = Hooks(point=point)
+        if not programs:
+            around = Surroundings(world.folder, random.Random(0))
+            around.pauses_s = (0,)
+            for path in (world.bucket / "images").rglob("*.*"):
+                around.put(str(path.relative_to(world.bucket)), path.read_bytes())
+            worker.check, worker.fetcher = around.check, around.fetcher  # type: ignore[assignment]
         code, out, err = world.run(*words)
         (world.folder / "last").write_text(out + err)
         os._exit(code)
@@ -72,7 +90,10 @@ def reset(world: World) -> None:
     for path in (world.paths.state, world.paths.cache):
         for file in sorted(path.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
+    for counted in ("check-moments", "fetch-moments", "check-dies", "fetch-dies"):
+        (world.folder / counted).unlink(missing_ok=True)
     world.helper.layers.clear()
+    world.helper.claims.clear()
     world.helper.activations.clear()
     world.helper.requests.clear()
 
@@ -132,11 +153,10 @@ def _is(found: object, wanted: object) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def print_count(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    print(f"\nbroker killed at {len(killed)} commit points of {len({p.split(':')[0] for p in killed})} machines")
-    crashes = [
-        item for item in request.session.items if item.path == request.path and item.name.startswith("test_kill")
-    ]
-    if len(crashes) == len(SCENARIOS) + 1:  # the whole module was asked for
+    counts = Counter(name.split(" ")[0] for name in killed)
+    print(f"\nkilled at {len(killed)} points: {', '.join(f'{what} {count}' for what, count in sorted(counts.items()))}")
+    chosen = {item.name.split("[")[0] for item in request.session.items if item.path == request.path}
+    if {name for name in globals() if name.startswith("test_")} <= chosen:  # the whole module was asked for
         assert len(killed) >= 200
 
 
@@ -154,13 +174,13 @@ def test_kill_at_every_commit(name: str, world: World) -> None:
         assert in_child(world, words, None) in codes, (point, (world.folder / "last").read_text())
         check(world)
         assert_sound(world)
-        killed.append(point)
+        killed.append(f"broker {point}")
 
 
 def test_kill_twice_also_while_resuming(world: World) -> None:
     prepare_nothing(world)
     first = points_of(world, ["pull", REF])
-    for number in range(0, len(first), 2):
+    for number in range(0, len(first), FIRST):
         second = 0
         while True:
             reset(world)
@@ -170,8 +190,8 @@ def test_kill_twice_also_while_resuming(world: World) -> None:
             assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
             pulled(world)
             assert_sound(world)
-            killed.append(f"pull:again:{number}:{second}")
-            second += 2
+            killed.append(f"broker-again {number}:{second}")
+            second += SECOND
 
 
 def test_interrupted_pull_under_another_name_does_not_answer_for_this_one(world: World) -> None:
@@ -188,49 +208,58 @@ def test_two_interrupted_runs_of_two_machines_are_both_resumed(world: World) -> 
     for number in (2, 7, 13, 19):
         assert in_child(world, ["pull", OTHER], die_at(number)) == -signal.SIGKILL
         assert in_child(world, ["activate", "one", "--name", f"n{number}"], die_at(1)) == -signal.SIGKILL
-        killed.extend([f"pull:two:{number}", f"activate:two:{number}"])
+        killed.extend([f"two-at-once pull:{number}", f"two-at-once activate:{number}"])
     assert in_child(world, ["resume"], None) == 0
     assert set(world.helper.activations) == {"two", "n2", "n7", "n13", "n19"}
     assert len(world.helper.layers) == 3
     assert_sound(world)
 
 
-@pytest.mark.parametrize("op", ["hello", "stat", "commit", "activate"])
-@pytest.mark.parametrize("side", ["before", "after"])
-def test_helper_that_dies_is_asked_again(op: str, side: str, world: World) -> None:
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_helper_that_dies_is_asked_again(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request that a command makes of root is the last one of a helper, before it is done and after."""
+    words, prepare, check, codes = SCENARIOS[name]
+    prepare(world)
+    world.helper.requests.clear()
+    assert in_child(world, words) == 0
+    asked = [str(request["op"]) for request in world.helper.requests]
+    normal = world.helper.answer
+    for number, op in enumerate(asked):
+        for side in ("before", "after"):
+            reset(world)
+            prepare(world)
+            world.helper.requests.clear()
+
+            def dying(request: dict[str, Any], descriptors: list[int], last: int = number, when: str = side) -> Any:
+                if len(world.helper.requests) - 1 != last:
+                    return normal(request, descriptors)
+                if when == "after":
+                    normal(request, descriptors)
+                raise HangUpError
+
+            monkeypatch.setattr(world.helper, "answer", dying)
+            assert in_child(world, words) in codes, (op, side, (world.folder / "last").read_text())
+            monkeypatch.setattr(world.helper, "answer", normal)
+            check(world)
+            assert_sound(world)
+            killed.append(f"helper {name}:{op}:{number}:{side}")
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("check", (0, 65)), ("fetch", (0, 69))])
+def test_worker_that_is_killed_leaves_nothing(kind: str, codes: tuple[int, ...], world: World) -> None:
     prepare_nothing(world)
-    deaths: list[str] = []
-    normal = getattr(world.helper, f"on_{op}")
-
-    def dying(request: dict[str, Any], descriptors: list[int]) -> list[dict[str, Any]]:
-        if deaths:
-            answers: list[dict[str, Any]] = normal(request, descriptors)
-            return answers
-        deaths.append(op)
-        if side == "after":
-            normal(request, descriptors)
-        raise HangUpError
-
-    setattr(world.helper, f"on_{op}", dying)
-    assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
-    assert deaths == [op]
-    pulled(world)
-    assert_sound(world)
-
-
-@pytest.mark.parametrize("program", ["CHECK", "FETCH"])
-def test_worker_that_is_killed_leaves_nothing(program: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from broker import worker
-
-    prepare_nothing(world)
-    good = getattr(worker, program)
-    monkeypatch.setattr(worker, program, ("/bin/sh", "-c", "kill -9 $$"))
-    assert in_child(world, ["pull", REF], None) in (65, 69)
-    assert world.leftovers() == []
-    monkeypatch.setattr(worker, program, good)
-    assert in_child(world, ["pull", REF], None) == 0, (world.folder / "last").read_text()
-    pulled(world)
-    assert_sound(world)
+    assert in_child(world, ["pull", REF], programs=True) == 0
+    moments = len((world.folder / f"{kind}-moments").read_bytes())
+    for number in range(1, moments + 1):
+        reset(world)
+        (world.folder / f"{kind}-dies").write_text(str(number))
+        assert in_child(world, ["pull", REF], programs=True) in codes, (world.folder / "last").read_text()
+        assert world.leftovers() == []
+        assert in_child(world, ["pull", REF], programs=True) == 0, (world.folder / "last").read_text()
+        pulled(world)
+        assert_sound(world)
+        killed.append(f"{kind}er {number}")
+    assert moments >= 6
 
 
 def test_every_machine_has_a_scenario() -> None:

@@ -5,6 +5,7 @@ Rule: whatever a test prints with ``--json`` is held against the published schem
 
 import sqlite3
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,6 +21,7 @@ from broker.cli import imgpull
 from tests.broker.fake_helper import FakeHelper
 from tests.support.output import check_output
 
+MEMORY = Path("/dev/shm")
 PROGRAMS = Path(__file__).resolve().parents[1] / "broker/programs"
 
 
@@ -69,10 +71,17 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    made = World(tmp_path)
-    monkeypatch.setattr(worker, "CHECK", (sys.executable, str(PROGRAMS / "fake_check.py"), str(tmp_path)))
-    monkeypatch.setattr(worker, "FETCH", (sys.executable, str(PROGRAMS / "fake_fetch.py"), str(tmp_path)))
-    monkeypatch.setattr(store.ActivationRow, "is_live", lambda self: self.name in made.helper.activations)
+    # In memory: a death by signal loses nothing that was written, wherever it lies, and syncs cost nothing.
+    with tempfile.TemporaryDirectory(prefix="imgpull-world-", dir=MEMORY if MEMORY.is_dir() else tmp_path) as folder:
+        yield from _serving(World(Path(folder)), monkeypatch)
+
+
+def _serving(made: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    for program, name in (("CHECK", "fake_check.py"), ("FETCH", "fake_fetch.py")):
+        monkeypatch.setattr(worker, program, (sys.executable, str(PROGRAMS / name), str(made.folder)))
+    monkeypatch.setattr(
+        store.ActivationRow, "is_live", lambda row: made.helper.is_live(row.name, row.layer, row.device)
+    )
     started, stop = threading.Event(), []
 
     async def serve() -> None:
