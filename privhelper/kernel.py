@@ -41,7 +41,7 @@ MOUNT_ATTR_SAFE: Final = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatim
 _MOUNT_ATTR_IDMAP: Final = 0x100000
 _AT_EMPTY_PATH: Final = 0x1000
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
-_MNT_DETACH_NOFOLLOW: Final = 0x8
+_UMOUNT_NOFOLLOW: Final = 0x8
 
 
 def mount_detached(filesystem: str, device: str, options: Sequence[str], attributes: int) -> int:
@@ -69,7 +69,7 @@ def attach_mount(mount: int, path: str) -> None:
 
 def unmount(path: str) -> None:
     """Take an attached mount down; EBUSY while somebody uses it."""
-    _checked(_libc.umount2(path.encode(), _MNT_DETACH_NOFOLLOW), "umount2")
+    _checked(_libc.umount2(path.encode(), _UMOUNT_NOFOLLOW), "umount2")
 
 
 def map_mount_ids(mount: int, user_namespace: int) -> None:

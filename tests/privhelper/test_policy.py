@@ -227,9 +227,27 @@ def capability_mask(names: list[str]) -> int:
     return sum(1 << kernel.CAPABILITIES[name] for name in names)
 
 
-def descriptors(pid: int) -> list[str]:
-    folder = Path(f"/proc/{pid}/fd")
-    return sorted(os.readlink(path) for path in folder.iterdir())
+def descriptors(pid: int, payload: Path) -> list[str]:
+    """Return what a process holds, in the words of authority.toml; a file below its own root as its path."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        name, flags = os.readlink(path), int(Path(f"/proc/{pid}/fdinfo/{path.name}").read_text().split()[3], 8)
+        if int(path.name) < 3 and not name.startswith("/big"):
+            name = "log"
+        elif name.startswith(("pipe:", "socket:")):
+            name = {"pipe": "result pipe", "socket": "connection"}[name.partition(":")[0]]
+        elif name == "/":
+            name = "mount" if flags & os.O_PATH else "sync"
+        words = {"/memfd:manifest (deleted)": "manifest", str(payload): "payload"}
+        found.append(words.get(name, name))
+    return found
+
+
+def capabilities(found: dict[str, str], names: list[str]) -> bool:
+    """Tell whether a process has these and can get no other."""
+    mask = capability_mask(names)
+    sets = [int(found[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
+    return sets == [0, mask, mask, mask, 0]
 
 
 @root
@@ -242,46 +260,37 @@ def test_living_helper_and_populate_hold_what_authority_toml_says(installation: 
     file, data = memfd(big.manifest()), os.open(payload, os.O_RDONLY)
     with installation.connect() as helper:
         sizes = {"manifest_bytes": len(big.manifest()), "payload_bytes": len(big.payload)}
-        helper.send({"op": "commit", **sizes}, [file, data])
-        assert helper.receive()[0]["type"] == "progress"
-        parent = helper.process.pid
-        with helper.stopped_child() as child:
-            check_helper(parent)
-            check_populate(child, parent)
-        while helper.receive()[0]["type"] == "progress":
-            pass
+        for message, fds, role in (
+            ({"op": "commit", **sizes}, [file, data], "populate"),
+            ({"op": "verify", "layer": big.id()}, [], "verify"),
+        ):
+            helper.send(message, fds)
+            assert helper.receive()[0]["type"] == "progress"
+            with helper.stopped_child() as child:
+                check_helper(helper.process.pid, installation, payload, str(message["op"]))
+                check_child(role, child, helper.process.pid, payload)
+            while (reply := helper.receive()[0])["type"] == "progress":
+                pass
+            assert reply["type"] == "ok"
     os.close(file)
     os.close(data)
 
 
-def check_helper(pid: int) -> None:
+def check_helper(pid: int, installation: Installation, payload: Path, op: str) -> None:
     grant, found = AUTHORITY["helper"], status(pid)
-    mask = capability_mask(grant["capabilities"])
-    assert [int(found[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")] == [
-        0,
-        mask,
-        mask,
-        mask,
-        0,
-    ]
+    assert capabilities(found, grant["capabilities"])
     assert set(found["Uid"].split()) == {str(grant["user"])}
-    assert found["NoNewPrivs"] == "1"
-    assert found["Threads"] == "1"
-    held = [name for name in descriptors(pid) if not name.startswith(("pipe:", "socket:", "/memfd:manifest"))]
-    known = ("ledger.db", "locks", ".tar", "/", "null")
-    assert [name for name in held if not name.endswith(known) and "/tmp/" not in name] == []
+    assert (found["NoNewPrivs"], found["Threads"]) == ("1", "1")
+    kept = str(installation.state / "manifests")
+    words = {f"{installation.state}/ledger.db": "ledger", f"{installation.state}/locks": "locks"}
+    held = [words.get(name, name) for name in descriptors(pid, payload)]
+    held = ["manifest" if name.startswith(kept) else name for name in held]  # verify reads the one that is kept
+    assert sorted(held) == sorted(grant["descriptors"] + grant[f"descriptors_of_a_{op}"])
 
 
-def check_populate(pid: int, parent: int) -> None:
-    grant, found = AUTHORITY["populate"], status(pid)
-    mask = capability_mask(grant["capabilities_in_namespace"])
-    assert [int(found[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")] == [
-        0,
-        mask,
-        mask,
-        mask,
-        0,
-    ]
+def check_child(role: str, pid: int, parent: int, payload: Path) -> None:
+    grant, found = AUTHORITY[role], status(pid)
+    assert capabilities(found, grant["capabilities_in_namespace"])
     assert set(found["Uid"].split()) == set(found["Gid"].split()) == {str(grant["user"])}
     assert found["Groups"] == ""
     assert (found["NoNewPrivs"], found["Seccomp"], found["Threads"]) == ("1", "2", "1")
@@ -290,15 +299,21 @@ def check_populate(pid: int, parent: int) -> None:
     settings = tomllib.loads((POLICY / "helper.toml").read_text())["populate"]
     assert mapped == ["0", str(settings["first_host_id"]), str(settings["id_count"])]
     assert int(found["VmHWM"].split()[0]) < 64 << 10  # KiB
-    held = descriptors(pid)
-    files = [name for name in held if name.startswith("/") and not name.startswith("/memfd:")]
-    # its root, the directory it stands in (the same here), the payload, the file it writes
-    assert [name for name in held if name.startswith("/memfd:")] == ["/memfd:manifest (deleted)"]
-    assert len([name for name in held if name.startswith("pipe:")]) == 1
-    assert not [name for name in held if name.startswith("socket:")]
-    assert len(files) <= 3 and "/dev/null" not in files and not [name for name in files if "ledger" in name]
+    held = ["root directory" if name == "sync" else name for name in descriptors(pid, payload)]
+    held = ["manifest" if "/manifests/" in name else name for name in held]
+    own = [name for name in held if re.fullmatch("/big[0-7]", name)]  # the file that it writes, or reads
+    assert len(own) <= 1
+    assert sorted(set(held) - set(own)) == sorted(grant["descriptors"])
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert re.search(r"Max processes +0 +0", limits) and re.search(r"Max core file size +0 +0", limits)
+
+
+def test_authority_and_audit_agree_about_the_network() -> None:
+    expectations = tomllib.loads((POLICY / "audit.toml").read_text())
+    assert expectations.keys() == AUTHORITY.keys() - {"helper"}
+    for role, attempts in expectations.items():
+        assert AUTHORITY[role]["network"] == bool({"connect", "connect_tcp"} & set(attempts["granted"]))
+        assert (POLICY / f"syscalls/{AUTHORITY[role]['syscalls']}.seccomp").exists()
 
 
 @root
