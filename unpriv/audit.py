@@ -14,7 +14,9 @@ import mmap
 import os
 import socket
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from broker.protocol import Endpoint, Hello
@@ -26,6 +28,7 @@ _MEMORY_BYTES: Final = 3 << 30
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.syscall.restype = ctypes.c_long
 _PARENT: Final = os.getppid()
+_LIMITS: Final = Path(__file__).resolve().parent.parent / "policy" / "limits.toml"
 
 
 def _call(number: int, *arguments: int) -> None:
@@ -126,7 +129,7 @@ def _lock(role: str, folder: str) -> None:
     if role == "check":
         from unpriv.check import rlimits
 
-        sandbox.lock("check", sandbox.Rules(), rlimits(limits.load(), 0))
+        sandbox.lock("check", sandbox.Rules(), rlimits(limits.of(tomllib.loads(_LIMITS.read_text("utf-8"))), 0))
     else:
         from unpriv.fetch import confine
 

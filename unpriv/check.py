@@ -3,10 +3,11 @@
 Rule 1: everything that needs files, imports or threads happens before the lock; the first hostile byte after it.
 Rule 2: one line of JSON a report on descriptor 1, the last one a verdict; one last line on 2 if all else fails.
 Rule 3: it ends by os._exit: 0 accepted, 65 rejected, 70 a mistake of this program, 73 no room for what it writes, 74
-reading or writing failed, 78 limits, rules or sandbox unusable.
+reading or writing failed, 78 rules or sandbox unusable.
 
-Started as ``python -I -m unpriv.check JOB`` with LC_ALL=C.UTF-8 and no other variable; JOB is a CheckJob of
-broker/protocol.py in JSON.
+Started as ``python -I -m unpriv.check JOB LIMITS`` with LC_ALL=C.UTF-8 and no other variable; JOB is a CheckJob of
+broker/protocol.py, LIMITS what broker/limits.py has judged, both in JSON and made by our own supervisor: they are taken
+apart without pydantic, whose import alone would take as long as all the rest of the start.
 """
 
 import errno
@@ -20,16 +21,9 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
-from typing import Any, Final, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple, NoReturn
 
-# Before pydantic: its plugins are entry points of whatever is installed, which this program never runs, and looking for
-# them takes a fifth of its start.
-os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
-
-from pydantic import ValidationError
-
-from broker.protocol import CheckJob
 from unpriv import kernel, limits, pipeline, rulebook, sandbox
 from unpriv.blob import Blob, FileBlob, MemoryBlob
 from unpriv.decompress import FILTER_OF_MEDIA
@@ -49,11 +43,24 @@ _ACCEPTED, _REJECTED, _SOFTWARE, _NO_ROOM, _IO_ERROR, _CONFIG = 0, 65, 70, 73, 7
 _CODES: Final = {errno.ENOSPC: _NO_ROOM, errno.EDQUOT: _NO_ROOM, errno.EFBIG: _NO_ROOM, errno.EIO: _IO_ERROR}
 
 
+class Job(NamedTuple):
+    """A CheckJob of broker/protocol.py: the same fields."""
+
+    media: str
+    layer_number: int = 1
+    gate_fd: int | None = None
+    lower: Sequence[int] = ()
+    manifest_fd: int | None = None
+    payload_fd: int | None = None
+    tree_fd: int | None = None
+    all_violations: bool = False
+
+
 def main() -> NoReturn:
     """Run one check and end the process."""
     try:
         code = _check(sys.argv[1:])
-    except (limits.LimitsError, rulebook.RulebookError, sandbox.SandboxError) as error:
+    except (rulebook.RulebookError, sandbox.SandboxError) as error:
         code = _last_words(_CONFIG, error)
     except OSError as error:
         code = _last_words(_CODES.get(error.errno or 0, _SOFTWARE), error)
@@ -72,8 +79,7 @@ def _last_words(code: int, error: BaseException) -> int:
 
 
 def _check(arguments: list[str]) -> int:
-    job = _job(arguments)
-    in_force = limits.load()
+    job, in_force = _told(arguments)
     rulebook.verify()
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     kernel.single_arena()
@@ -107,13 +113,13 @@ def _behind_gate(lowers: list[Blob], gated: bool) -> Iterator[Blob]:
     yield from lowers
 
 
-def _job(arguments: list[str]) -> CheckJob:
-    if len(arguments) != 1:
-        raise ValueError("expected one argument, a job in JSON")
+def _told(arguments: list[str]) -> tuple[Job, limits.Limits]:
+    if len(arguments) != 2:
+        raise ValueError("expected two arguments, a job and the limits in JSON")
     try:
-        return CheckJob.model_validate_json(arguments[0])
-    except ValidationError as error:
-        raise ValueError(f"not a job: {error.errors()[0]['msg']}") from error
+        return Job(**json.loads(arguments[0])), limits.parse(arguments[1])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a job and its limits: {error}") from error
 
 
 def _report(line: dict[str, Any]) -> None:
@@ -128,7 +134,7 @@ def _open(descriptor: int) -> Blob:
     return FileBlob(descriptor, status.st_size)
 
 
-def _arrange(job: CheckJob) -> set[int]:
+def _arrange(job: Job) -> set[int]:
     """Move the job's descriptors to the numbers of the policy and close all others; return those in use."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

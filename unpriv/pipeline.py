@@ -7,8 +7,7 @@ Rule 3: nothing here opens, seeks or locks anything; check.py has done that.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from unpriv import archive, listing, manifest, merge
 from unpriv.blob import Blob, FileBlob
@@ -27,8 +26,7 @@ MEMORY_EXCEEDED: Final = rule("memory_exceeded")
 _PROGRESS_BYTES: Final = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+class Outputs(NamedTuple):
     """Where the results go; None means nowhere."""
 
     payload: int | None = None

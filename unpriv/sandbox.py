@@ -16,8 +16,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from unpriv import kernel, seccomp
 
@@ -64,8 +63,7 @@ class SandboxError(Exception):
     """A required lock did not take: this process must end without reading anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(NamedTuple):
     """What Landlock leaves open. A path that does not exist is left out and named in the result of lock().
 
     ``read_beneath``: files and directories that may be read. ``write_beneath``: directories in which regular files and

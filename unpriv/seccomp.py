@@ -16,9 +16,8 @@ import errno
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 POLICY: Final = Path(__file__).resolve().parent.parent / "policy" / "syscalls"
 
@@ -60,8 +59,7 @@ class PolicyError(Exception):
     """A policy file says something that this program does not understand; the message names the line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(NamedTuple):
     """One argument of a call compared with one value."""
 
     argument: int
@@ -69,8 +67,7 @@ class Condition:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One line of a policy; ``number`` is None on an architecture that lacks the call."""
 
     call: str

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from broker import limits as judged
 from unpriv import archive, kernel, limits, manifest, merge, pipeline
 from unpriv.blob import FileBlob
 from unpriv.decompress import open_source
@@ -23,7 +24,7 @@ from unpriv.quota import Quota
 from unpriv.reader import Job, Reader
 from unpriv.tree import Layer
 
-LIMITS = limits.load()
+LIMITS = limits.parse(judged.load().model_dump_json())
 ROUNDS = 3
 
 

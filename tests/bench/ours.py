@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from broker import helper as client
+from broker import limits
 from broker.app import sealed_copy
 from broker.protocol import CheckJob
 from broker.reference import media_of
@@ -31,6 +32,7 @@ CLI: Final = (sys.executable, "-m", "broker.cli")
 def check(layers: list[Path], keep: Path | None = None) -> list[Path]:
     """Check layers on top of one another by the real program; return their manifests, which lie in ``keep``."""
     manifests: list[Path] = []
+    in_force = limits.load().model_dump_json()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         for number, layer in enumerate(layers, 1):
             path = (keep or Path(scratch)) / f"{number}.jsonl"
@@ -48,7 +50,7 @@ def check(layers: list[Path], keep: Path | None = None) -> list[Path]:
                     manifest_fd=out.fileno(),
                     payload_fd=None if media == "tar" else payload.fileno(),
                 )
-                command = [sys.executable, "-I", "-m", "unpriv.check", job.model_dump_json()]
+                command = [sys.executable, "-I", "-m", "unpriv.check", job.model_dump_json(), in_force]
                 descriptors = (*lower, out.fileno(), payload.fileno())
                 run(command, stdin=blob, pass_fds=descriptors, env={"LC_ALL": "C.UTF-8"})
             manifests.append(path)

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from broker import limits as judged
 from broker.protocol import Accepted, CheckReport, Rejected
 from unpriv import limits as limits_module
 from unpriv import pipeline
@@ -29,7 +30,8 @@ from unpriv.hashing import Hasher
 from unpriv.limits import Limits
 
 DEADLINE_S = 120.0  # of one run of the program; a test that meets it fails by the code of its end
-LIMITS = limits_module.load()
+IN_FORCE = judged.load()
+LIMITS = limits_module.parse(IN_FORCE.model_dump_json())
 _REPORT: TypeAdapter[Accepted | Rejected | Any] = TypeAdapter(CheckReport)
 
 
@@ -64,10 +66,10 @@ class Result:
 
 def tightened(**tables: dict[str, Any]) -> Limits:
     """Return the limits with some values replaced: ``tightened(names={"depth": 3})``."""
-    values = LIMITS.model_dump()
+    values = IN_FORCE.model_dump()
     for table, changes in tables.items():
         values[table] |= changes
-    return Limits.model_validate(values)
+    return limits_module.parse(judged.Limits.model_validate(values).model_dump_json())
 
 
 _hasher: list[Hasher] = []
@@ -195,7 +197,7 @@ def run_program(
         job |= {"tree_fd": tree} if want_tree else {}
         job |= {"payload_fd": payload} if media != "tar" else {}
         process = subprocess.Popen(
-            [*command, json.dumps(job)],
+            [*command, json.dumps(job), IN_FORCE.model_dump_json()],
             stdin=source,
             stdout=subprocess.PIPE,
             stderr=said,

@@ -192,7 +192,7 @@ def main() -> None:
         _try(probe)
 
     check._warm_up = warm_up_and_arm
-    sys.argv = ["check", sys.argv[3]]
+    sys.argv = ["check", *sys.argv[3:]]
     check.main()
 
 

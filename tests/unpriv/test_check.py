@@ -17,12 +17,13 @@ import zstandard
 
 from tests.layers.synthetic import write_small_files
 from tests.support.accounts import Account
-from tests.unpriv.checking import MEASURED, check, run_program
+from tests.unpriv.checking import IN_FORCE, LIMITS, MEASURED, check, run_program
 from tests.unpriv.tarbytes import directory, member, symlink, tar
 from unpriv import check as program
-from unpriv import limits, rulebook
+from unpriv import rulebook
 
 HONEST = tar(directory(b"d"), member(b"d/f", b"x" * 100_000), symlink(b"l", b"d"), member("é".encode(), b"1"))
+LIMITS_JSON = IN_FORCE.model_dump_json()
 COMMAND = [sys.executable, "-I", "-m", "unpriv.check"]
 
 
@@ -107,7 +108,7 @@ def test_descriptors_in_any_order(tmp_path: Path, order: tuple[int, int, int]) -
         )
         job = {"media": "tar+gzip", "payload_fd": order[0], "manifest_fd": order[1], "tree_fd": order[2]}
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", script, repr(moves), *COMMAND, json.dumps(job)],
+            [sys.executable, "-I", "-c", script, repr(moves), *COMMAND, json.dumps(job), LIMITS_JSON],
             stdin=source, capture_output=True, env={"LC_ALL": "C.UTF-8"}, pass_fds=files, check=False,
         )  # fmt: skip
         assert ended.returncode == 0, ended
@@ -132,7 +133,15 @@ def test_inherited_descriptors_are_closed(tmp_path: Path) -> None:
     assert ran.last_words.split() == ["0", "1", "2", "3", "4"]  # 3 is the listing's own, 4 the manifest
 
 
-WRONG_JOBS = [[], ["{}"], ["not json"], ['{"media":"tar","paths":[]}'], ['{"media":"tar"}', "x"]]
+WRONG_JOBS = [
+    [],
+    ["{}", LIMITS_JSON],
+    ["not json", LIMITS_JSON],
+    ['{"media":"tar","paths":[]}', LIMITS_JSON],
+    ['{"media":"tar"}'],
+    ['{"media":"tar"}', "{}"],
+    ['{"media":"tar"}', LIMITS_JSON, "x"],
+]
 
 
 @pytest.mark.parametrize("arguments", WRONG_JOBS)
@@ -144,7 +153,7 @@ def test_a_wrong_job_is_a_mistake_of_the_caller(arguments: list[str]) -> None:
 
 
 def test_a_blob_that_is_no_regular_file() -> None:
-    ended = subprocess.run([*COMMAND, '{"media":"tar"}'], input=HONEST, capture_output=True, check=False)
+    ended = subprocess.run([*COMMAND, '{"media":"tar"}', LIMITS_JSON], input=HONEST, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout) == (70, b"")
     assert b"no regular file" in ended.stderr
 
@@ -152,11 +161,6 @@ def test_a_blob_that_is_no_regular_file() -> None:
 @pytest.mark.parametrize(
     ("lines", "code", "said"),
     [
-        (
-            "def bad(): raise c.limits.LimitsError('limits.toml:3: depth: wrong')\nc.limits.load = bad",
-            78,
-            "limits.toml:3",
-        ),
         ("def bad(*a, **k): raise c.sandbox.SandboxError('seccomp did not take')\nc.sandbox.lock = bad", 78, "seccomp"),
         ("def bad(*a): raise RuntimeError('a\\nb')\nc._warm_up = bad", 70, "unpriv.check: RuntimeError: a b\n"),
     ],
@@ -186,7 +190,7 @@ def test_no_room_for_what_it_writes(tmp_path: Path, output: str) -> None:
     data = gzip.compress(HONEST) if output == "payload_fd" else HONEST
     with blob(tmp_path, data).open("rb") as source, open("/dev/full", "wb", buffering=0) as full:
         ended = subprocess.run(
-            [*COMMAND, json.dumps({"media": media, output: full.fileno()})],
+            [*COMMAND, json.dumps({"media": media, output: full.fileno()}), LIMITS_JSON],
             stdin=source, capture_output=True, env={"LC_ALL": "C.UTF-8"}, pass_fds=[full.fileno()], check=False,
         )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (73, b"")
@@ -207,7 +211,7 @@ def test_the_lower_manifests_are_read_behind_the_gate(tmp_path: Path, word: byte
     job = json.dumps({"media": "tar", "lower": [lower], "gate_fd": reading})
     with blob(tmp_path, tar(member(b"d/.wh.f"))).open("rb") as source:
         process = subprocess.Popen(
-            [*COMMAND, job],
+            [*COMMAND, job, LIMITS_JSON],
             stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"},
             pass_fds=[lower, reading],
         )  # fmt: skip
@@ -246,7 +250,7 @@ def test_a_broker_that_went_away_ends_the_check(tmp_path: Path) -> None:
     os.close(reading)
     with blob(tmp_path, tar(member(b"f", bytes(40 << 20)))).open("rb") as source:
         ended = subprocess.run(
-            [*COMMAND, '{"media":"tar"}'],
+            [*COMMAND, '{"media":"tar"}', LIMITS_JSON],
             stdin=source, stdout=writing, stderr=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"}, check=False,
         )  # fmt: skip
     os.close(writing)
@@ -292,7 +296,7 @@ def test_cpu_time_has_a_second_limit_in_the_kernel(tmp_path: Path) -> None:
 
 
 def test_output_has_a_limit_in_the_kernel() -> None:
-    in_force = limits.load()
+    in_force = LIMITS
     assert program.rlimits(in_force, 3) == {
         "as": in_force.run.address_space_bytes,
         "cpu": in_force.run.cpu_s + 10,
@@ -308,7 +312,7 @@ def test_the_environment_decides_nothing(tmp_path: Path) -> None:
         with blob(tmp_path, HONEST).open("rb") as source:
             manifest = os.memfd_create("m")
             ended = subprocess.run(
-                [*COMMAND, json.dumps({"media": "tar", "manifest_fd": manifest})],
+                [*COMMAND, json.dumps({"media": "tar", "manifest_fd": manifest}), LIMITS_JSON],
                 stdin=source, capture_output=True, env=variables, pass_fds=[manifest], check=False,
             )  # fmt: skip
             assert ended.returncode == 0, (variables, ended)

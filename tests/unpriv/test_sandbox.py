@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from broker import limits
 from tests.support.accounts import Account
 from tests.unpriv.probe import PROBES
 from unpriv import sandbox
@@ -19,6 +20,7 @@ from unpriv.sandbox import Rules
 
 PROBE = Path(__file__).with_name("probe.py")
 # Refused by a resource limit instead of a death: the only ones.
+LIMITS = limits.load().model_dump_json()
 ONLY_DENIED = {"memory_of_three_gib"}
 
 
@@ -27,7 +29,7 @@ def attempt(name: str, scratch: Path, python: str = sys.executable, **options: A
     try:
         with PROBE.open("rb") as blob:
             return subprocess.run(
-                [python, "-I", "-c", PROBE.read_text("utf-8"), name, str(scratch), _job(descriptors)],
+                [python, "-I", "-c", PROBE.read_text("utf-8"), name, str(scratch), _job(descriptors), LIMITS],
                 stdin=blob,
                 capture_output=True,
                 text=True,
