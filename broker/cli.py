@@ -5,6 +5,7 @@ Rule 2: standard output carries results, standard error everything else; every c
 Rule 3: one place turns errors into three lines and an exit code.
 """
 
+import io
 import signal
 import sys
 import traceback
@@ -65,6 +66,9 @@ class Program(click.Group):
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         """Run the command line; what click says of a wrong one becomes three lines or one object."""
         words = list(sys.argv[1:] if args is None else args)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # what this locale cannot write is escaped, never an error
+                stream.reconfigure(errors="backslashreplace")
         try:
             result = super().main(words, standalone_mode=False, **extra)
         except click.UsageError as error:

@@ -31,7 +31,8 @@ class Line:
     stage: str = "waiting"
     done: int = 0
     total: int = 0
-    started_s: float = field(default_factory=time.monotonic)
+    size: int = 0  # of its object in S3
+    started_s: float = field(default_factory=lambda: time.monotonic())
     spent_s: dict[str, float] = field(default_factory=dict)  # by stage, those that are over
     amount: dict[str, int] = field(default_factory=dict)  # bytes by stage
 
@@ -74,7 +75,7 @@ class Reporter:
         """Announce the layers of an image: key, label and bytes to fetch of each, lowest first."""
         for key, label, total in layers:
             known = self.lines.setdefault(key, Line(label))
-            known.label, known.total = label, known.total or total
+            known.label, known.size, known.total = label, total, known.total or total
         self.on_begin(title)
 
     def stage(self, key: str, stage: str, done: int = 0, total: int = 0) -> None:
@@ -210,16 +211,18 @@ class TtyReporter(Reporter):
         lines = self.lines.values()
         settled = sum(line.stage in SETTLED for line in lines)
         text = f"{settled}/{len(self.lines)} layers"
-        fetching = [line for line in lines if line.stage == "fetching"]
-        if fetching:
-            text += f"  {size(sum(line.done for line in fetching))} of {size(sum(line.total for line in fetching))}"
+        fetched = [line for line in lines if "fetching" in line.amount]
+        if any(line.stage == "fetching" for line in fetched):
+            done = sum(line.amount["fetching"] for line in fetched)
+            text += f"  {size(done)} of {size(sum(line.size for line in fetched))}"
         return f"{text}  {self._title}"
 
     def _row(self, line: Line, width: int, room: int) -> Any:
         """Draw one layer in the columns there are: 40 keep label, stage and percent, 60 and more have a bar."""
         styles = {"ready": "green", "shared": "cyan", "failed": "red", "waiting": "dim"}
         name = escape(line.label)
-        name = name if len(name) <= room else "…" + name[len(name) - room + 1 :]
+        utf = "utf" in (self._console.encoding or "").lower()
+        name = name if len(name) <= room else ("…" if utf else "~") + name[len(name) - room + 1 :]
         head = f"{name:<{room}} {line.stage:<10}"
         if line.stage in SETTLED or not line.total or line.stage == "waiting":
             tail = size(line.total) if line.total and line.stage in ("ready", "waiting") else ""
@@ -234,7 +237,6 @@ class TtyReporter(Reporter):
         if space < 8:
             return self._text(f"{head} {tail}"[: width - 1])
         full = int(space * share)
-        utf = "utf" in (self._console.encoding or "").lower()
         bar = ("━" * full + " " * (space - full)) if utf else ("#" * full + "-" * (space - full))
         return self._text(f"{head} {bar} {tail}"[: width - 1])
 

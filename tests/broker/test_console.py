@@ -1,5 +1,8 @@
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -122,3 +125,37 @@ def test_problem_survives_the_database() -> None:
     assert Problem.load(problem.dump()) == problem
     assert Problem.load("garbage").code == "bug"
     assert Problem.load('{"code": "nonsense", "what": "x"}').code == "bug"
+
+
+def test_total_counts_layers_that_are_fetched_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = TtyReporter(io.StringIO())
+    reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100), ("b", "img/2.tar", 300), ("c", "img/3.tar", 50)])
+    reporter.stage("a", "fetching", 100, 100)
+    reporter.stage("b", "fetching", 150, 300)
+    reporter.stage("a", "committing", 0, 70)
+    reporter.stage("c", "shared")
+    assert reporter._total() == "1/3 layers  250 B of 400 B  s3://bucket/img"
+    reporter.close()
+
+
+def test_waiting_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    reporter = console.Reporter()
+    reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100)])  # 0: it waits
+    for stage, done in (("fetching", 0), ("fetching", 100), ("waiting", 0), ("checking", 100), ("committing", 70)):
+        reporter.stage("a", stage, done)
+    reporter.stage("a", "ready")
+    (row,) = reporter.timing()
+    assert row == {
+        "layer": "img/1.tar", "waited_s": 2.0, "fetch_s": 1.0, "fetch_bytes": 100, "check_s": 1.0, "check_bytes": 100,
+        "commit_s": 1.0, "commit_bytes": 70,
+    }  # fmt: skip
+
+
+def test_locale_that_cannot_write_a_name_gets_it_escaped() -> None:
+    command = "from broker.cli import imgpull; imgpull(['show', 'g\\u00f6\\u4e2d'])"
+    environment = {"PYTHONIOENCODING": "latin-1", "HOME": "/nonexistent", "PATH": "/usr/bin"}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", command], cwd=root, env=environment, capture_output=True, check=False)
+    assert done.stderr.startswith(b"imgpull: g\xf6\\u4e2d: no such image here")
