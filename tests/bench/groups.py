@@ -126,7 +126,11 @@ def checking(bench: Bench) -> list[Group]:
     tars = shapes.debian(bench.sizes.recipe, ".tar")
     cases = [
         Case("one bare sha256 pass by hashlib", lambda: just(rivals.hashed(tars))),
-        Case("unpriv.check: two readers, rules, digests, manifests", lambda: just(lambda: ours.check(tars))),
+        Case(
+            "imgpull check: two readers, rules, digests, manifests",
+            partial(just, partial(run, [*ours.CLI, "check", *tars])),
+        ),
+        Case("the same, one layer after the other", lambda: just(lambda: ours.check(tars))),
         Case("GNU tar -t", lambda: just(lambda: [run(["tar", "-tf", tar]) for tar in tars])),
     ]
     return [Group("check the Debian layers", cases, goal="at most 1.4 x of the pass")]
