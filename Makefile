@@ -20,7 +20,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format manual helper install-helper vm fuzz soak bench lock clean
+.PHONY: help setup demo test lint format manual helper deb install-helper vm fuzz soak bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -54,6 +54,9 @@ helper: $(HELPER)  ## build the root helper, one file, the same bytes each time
 $(HELPER):
 	@mkdir -p $(@D)
 	/usr/bin/python3 -m privhelper.build $@
+
+deb: setup  ## build the Debian package into dist/; LINTIAN=1 asks lintian too
+	tests/setup/deb.sh $(PYTHON)
 
 install-helper: helper  ## install the root helper and its units as policy/systemd has them
 	$(AS_ROOT) tests/setup/install-helper.sh $(HELPER) "$(DESTDIR)"

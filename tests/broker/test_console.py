@@ -139,16 +139,17 @@ def test_total_counts_layers_that_are_fetched_already(monkeypatch: pytest.Monkey
 
 
 def test_waiting_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(100))
-    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    now_s = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now_s[0])
     reporter = console.Reporter()
-    reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100)])  # 0: it waits
-    for stage, done in (("fetching", 0), ("fetching", 100), ("waiting", 0), ("checking", 100), ("committing", 70)):
+    reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100)])
+    told = (("fetching", 0), ("fetching", 100), ("waiting", 0), ("checking", 100), ("committing", 70), ("ready", 0))
+    for stage, done in told:
+        now_s[0] += 1.0
         reporter.stage("a", stage, done)
-    reporter.stage("a", "ready")
     (row,) = reporter.timing()
     assert row == {
-        "layer": "img/1.tar", "waited_s": 2.0, "fetch_s": 1.0, "fetch_bytes": 100, "check_s": 1.0, "check_bytes": 100,
+        "layer": "img/1.tar", "waited_s": 2.0, "fetch_s": 2.0, "fetch_bytes": 100, "check_s": 1.0, "check_bytes": 100,
         "commit_s": 1.0, "commit_bytes": 70,
     }  # fmt: skip
 

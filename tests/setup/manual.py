@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ def texts() -> dict[str, str]:
         "broker/man/imgpull.1": "\n".join(commands_page()) + "\n",
         "broker/man/imgpull.toml.5": "\n".join(settings_page()) + "\n",
         "broker/man/imgpull-security.7": "\n".join(security_page()) + "\n",
+        "broker/man/imgpull-helper.8": "\n".join(helper_page()) + "\n",
         "policy/schema/output.json": outputs.schema_text(),
         "policy/grafana/imgpull.json": json.dumps(metrics.dashboard(), indent=1) + "\n",
     }
@@ -89,7 +92,7 @@ def commands_page() -> Iterator[str]:
     yield ".SH FILES"
     for path, text in FILES.items():
         yield from (".TP", f".I {roff(path)}", roff(text))
-    yield from also("imgpull.toml/5", "imgpull-security/7")
+    yield from also("imgpull.toml/5", "imgpull-security/7", "imgpull-helper/8")
 
 
 FILES: Final = {
@@ -160,6 +163,22 @@ def setting(row: Row) -> Iterator[str]:
     if row.choices:
         yield roff(f"One of {', '.join(choice for choice in row.choices if choice)}.")
     yield f"Default: {roff(default)}. Variables: {', '.join(row.variables)}."
+
+
+# ---------------------------------------------------------------- imgpull-helper(8)
+
+
+def helper_page() -> Iterator[str]:
+    """Describe root's program by what it says of itself."""
+    words = [sys.executable, "-m", "privhelper", "--help"]
+    usage = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+    yield from head("imgpull-helper", 8, "imgpull-helper", "what root does for imgpull(1)")
+    yield from (".SH SYNOPSIS", ".B imgpull\\-helper", "[\\fB\\-\\-config\\fR \\fIFILE\\fR] \\fICOMMAND\\fR")
+    yield from (".SH DESCRIPTION", "Requests of users are answered by instances that systemd(1) starts; the other")
+    yield "commands are root's own. The pool is never made by itself."
+    yield from (".SH COMMANDS", ".nf", *map(roff, usage.splitlines()[1:]), ".fi")
+    yield from (".SH FILES", ".TP", ".I /etc/imgpull/helper.toml", roff(FILES["/etc/imgpull/helper.toml"]))
+    yield from also("imgpull/1", "imgpull-security/7", "systemd.socket/5")
 
 
 # ---------------------------------------------------------------- imgpull-security(7)
