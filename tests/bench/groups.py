@@ -214,6 +214,10 @@ def hurting(bench: Bench) -> list[Group]:
 
 def growing(bench: Bench) -> list[Group]:
     groups = []
+    (bench.folder / "nothing").mkdir()
+    nothing = bench.folder / "nothing/1.tar"
+    nothing.write_bytes(bytes(1024))
+    empty = _manifests(bench, "nothing", [nothing])
     for what, make, amounts in (
         ("entry", shapes.small_files, bench.sizes.entries),
         ("byte", shapes.large_file, bench.sizes.sizes),
@@ -225,11 +229,11 @@ def growing(bench: Bench) -> list[Group]:
             shown = f"{amount:,} entries" if what == "entry" else f"{amount >> 20:,} MiB"
             checks.append(Case(shown, partial(just, partial(ours.check, [tar])), amount))
             commits.append(Case(shown, partial(ours.commits, [tar], manifests, bench.running), amount))
-        goal = "each within 10 % of the next, the start of a process apart"
-        groups += [
-            Group(f"check, cost of one {what}", checks, goal=goal, per=what, rounds=3),
-            Group(f"commit, cost of one {what}", commits, goal=goal, per=what, rounds=3),
-        ]
+        goal = "each 0.9 to 1.1 x of the largest, the cost of an empty layer apart"
+        idle = Case("nothing", partial(just, partial(ours.check, [nothing])))
+        groups.append(Group(f"check, cost of one {what}", checks, goal=goal, per=what, idle=idle, rounds=3))
+        idle = Case("nothing", partial(ours.commits, [nothing], empty, bench.running))
+        groups.append(Group(f"commit, cost of one {what}", commits, goal=goal, per=what, idle=idle, rounds=3))
     return groups
 
 

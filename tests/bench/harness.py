@@ -43,19 +43,21 @@ class Case:
 class Group:
     """Cases that do the same work; the first is what the others are compared with.
 
-    ``per`` names the units of the cases where they differ: then the ratio is of the costs of one unit.
+    ``per`` names the units of the cases where they differ: then the ratio is of the costs of one unit, and ``idle``, if
+    there is one, does the same work on nothing: what it takes is not part of the costs.
     """
 
     title: str
     cases: list[Case]
     goal: str = ""
     per: str = ""
+    idle: Case | None = None
     rounds: int = 0  # at most; 0 for as many as asked for
 
     def run(self, rounds: int) -> None:
         """Run every case once a round."""
         for _ in range(min(rounds, self.rounds) if self.rounds else rounds):
-            for case in self.cases:
+            for case in [self.idle, *self.cases] if self.idle else self.cases:
                 with case.prepare() as work, Watch(case.peaks):
                     os.sync()
                     before, began = _cpu_s(), time.monotonic()
@@ -65,11 +67,13 @@ class Group:
 
     def rows(self) -> list[Row]:
         """Return a row a case: medians, and the ratio to the first case of the same round."""
-        base = self.cases[0]
+        base = self.cases[-1] if self.idle else self.cases[0]  # the largest one says most surely what a unit costs
+        spent = self.idle.wall_s if self.idle else [0.0] * len(base.wall_s)
         rows = []
         for case in self.cases:
             share = base.units / case.units if self.per else 1.0
-            ratios = [mine / theirs * share for mine, theirs in zip(case.wall_s, base.wall_s, strict=True)]
+            rounds = zip(case.wall_s, base.wall_s, spent, strict=True)
+            ratios = [(mine - start) / (theirs - start) * share for mine, theirs, start in rounds]
             row: Row = {
                 "group": self.title,
                 "case": case.name,
@@ -81,7 +85,8 @@ class Group:
                 "rounds": len(ratios),
             }
             if self.per:
-                row["cost_us"] = round(statistics.median(case.wall_s) / case.units * 1e6, 3)
+                costs = [(mine - start) / case.units for mine, start in zip(case.wall_s, spent, strict=True)]
+                row["cost_us"] = round(statistics.median(costs) * 1e6, 6)
             if case.peaks:
                 row["peak_mib"] = {name: round(peak / (1 << 20), 1) for name, peak in sorted(case.peaks.items())}
             rows.append(row)

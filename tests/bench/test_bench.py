@@ -33,6 +33,15 @@ def test_costs_of_one_unit_are_compared_where_the_cases_differ_in_size() -> None
     assert (first["cost_us"], second["cost_us"]) == (40_000.0, 40_000.0)
 
 
+def test_what_an_empty_layer_takes_is_no_part_of_the_cost() -> None:
+    grown = group(per="entry")
+    grown.idle = Case("nothing", lambda: just(int))
+    grown.idle.wall_s, grown.idle.cpu_s = [0.5, 2.0, 1.0], [0.1, 0.1, 0.1]
+    first, second = grown.rows()
+    assert (second["ratio"], first["ratio"]) == (1.0, 1.5)  # the median of 1.5, 0.5 and 3.5
+    assert second["cost_us"] == 20_000.0
+
+
 def test_every_case_runs_once_a_round_in_turn() -> None:
     order: list[str] = []
     cases = [Case(name, lambda name=name: just(lambda: order.append(name))) for name in "ab"]  # type: ignore[misc]
