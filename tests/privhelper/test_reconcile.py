@@ -11,8 +11,9 @@ import pytest
 
 from privhelper import devices, policy, protocol
 from privhelper.answers import Answers
+from privhelper.errors import AnswerError
 from privhelper.ledger import Ledger
-from privhelper.stores.base import Store, StoreError
+from privhelper.stores.base import POOL_STATES, Store, StoreError
 from tests.privhelper.client import Layer, memfd
 from tests.privhelper.conftest import MEMBER, OTHER, Installation
 
@@ -79,6 +80,21 @@ def test_row_without_an_image(installation: Installation, sealed: str, layer: La
 def test_manifest_without_a_row(installation: Installation, sealed: str) -> None:
     (installation.state / "manifests/997").write_bytes(b"")
     assert reconcile(installation) == ["deleted the manifest of device 997, which is gone"]
+
+
+@pytest.mark.parametrize("state", [state for state in POOL_STATES if state != "ready"])
+def test_pool_that_is_not_ready_refuses_with_its_own_code(
+    installation: Installation, sealed: str, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """A full pool is `no_room`: the way out is to remove images. Any other state needs root."""
+    known = devices.Devices(policy.load(str(installation.config)))
+    before = installation.rows()
+    status = known.store.status()._replace(state=state, advice="do this")
+    monkeypatch.setattr(type(known.store), "status", lambda store: status)
+    with pytest.raises(AnswerError, match="do this") as refused:
+        known.create("activation", sealed, MEMBER, before[0]["dev"], lambda status: None, name="a", mode="rw")
+    assert refused.value.code == ("no_room" if state == "out_of_data" else "pool")
+    assert [tuple(row) for row in installation.rows()] == [tuple(row) for row in before]
 
 
 def test_absent_pool_is_left_alone(installation: Installation, sealed: str) -> None:
