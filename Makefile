@@ -20,7 +20,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format manual helper deb install-helper vm fuzz soak bench lock clean
+.PHONY: help setup demo test lint format manual helper deb install-helper vm fuzz faults soak bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -66,6 +66,9 @@ vm: setup  ## the tests that need a kernel with device-mapper, in a virtual mach
 
 fuzz: setup  ## fuzz the parsers; FUZZ_SECONDS a harness
 	$(PYTHON) -m tests.fuzz
+
+faults: setup  ## fail and kill the root helper at every system call of a commit; a quarter of an hour
+	$(AS_ROOT) env IMGPULL_FAULTS=all $(PYTHON) -m pytest -p no:cacheprovider -s tests/privhelper/test_faults.py
 
 # Goes on where it was stopped: each finished round is noted in build/soak. SOAK_STEPS=20000 for a short one.
 SOAK_STEPS ?= 2000000
