@@ -27,11 +27,13 @@ def load(path: Path = BOOK) -> dict[str, dict[str, str]]:
     except (OSError, ValueError) as error:  # of TOML, the message ends with "(at line N, column M)"
         raise RulebookError(f"{path}: {error}") from error
     for name, row in book.items():
-        where = f"{path}:{_line(text, name)}: [{name}]"
         if not isinstance(row, dict) or row.keys() != _FIELDS or not all(isinstance(v, str) for v in row.values()):
-            raise RulebookError(f"{where} needs exactly {', '.join(sorted(_FIELDS))}, each a string")
-        if row["kind"] not in _KINDS:
-            raise RulebookError(f"{where} is of kind {row['kind']!r}, expected one of {', '.join(_KINDS)}")
+            needs = f"needs exactly {', '.join(sorted(_FIELDS))}, each a string"
+        elif row["kind"] not in _KINDS:
+            needs = f"is of kind {row['kind']!r}, expected one of {', '.join(_KINDS)}"
+        else:
+            continue
+        raise RulebookError(f"{path}:{_line(text, name)}: [{name}] {needs}")
     return book
 
 
