@@ -327,10 +327,14 @@ def pool(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Look at all that imgpull needs; say how to mend it.")
+@click.argument("ref", required=False)
 @s3_options
 @common
 def doctor(**arguments: Any) -> None:
-    """Look at everything that imgpull needs and say how to mend what is wrong; ends with 1 on a failure."""
+    """Look at everything that imgpull needs and say how to mend what is wrong; ends with 1 on a failure.
+
+    With REF, S3 is asked for that image too: reachability, credentials, the clock.
+    """
     _run("doctor", **arguments)
 
 

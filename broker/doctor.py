@@ -7,17 +7,22 @@ Rule 2: `fail` is what stops a pull; `warn` is what makes it slower or less safe
 import ctypes
 import ctypes.util
 import errno
+import grp
 import os
+import pwd
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from broker import console, store
 from broker.errors import ImgpullError
-from broker.settings import Settings
+from broker.reference import Reference
+from broker.settings import POLICY_DIR, Settings
 from broker.store import Paths
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -25,6 +30,11 @@ LANDLOCK_CREATE_RULESET: Final = 444  # the same number on every architecture; l
 LANDLOCK_VERSION: Final = 1  # its flag that asks for the ABI only
 MIN_KERNEL: Final = (5, 12)  # idmapped mounts, mount_setattr(2)
 TARGET_VERSIONS: Final = Path("/sys/module")
+# systemd.unit(5), in the order in which systemd prefers them.
+UNIT_FOLDERS: Final = tuple(
+    Path(name) for name in ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system",
+                            "/usr/lib/systemd/system", "/lib/systemd/system")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +51,17 @@ class Finding:
         return asdict(self)
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Look at everything. Returns: findings in the order in which one would mend them."""
+def examine(settings: Settings, reference: Reference | None = None) -> list[Finding]:
+    """Look at everything; S3 itself is asked only for a reference. Findings come in the order of mending them."""
     examinations: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
         _kernel,
         _sandbox,
         _libraries,
         _state,
+        _units,
+        _door,
         _helper,
-        _s3,
+        partial(_s3, reference=reference),
     )
     findings: list[Finding] = []
     for look in examinations:
@@ -130,6 +142,44 @@ def _integrity(paths: Paths) -> Finding:
     return Finding("ok", "database", f"sound, {count} images")
 
 
+def _units(_: Settings) -> Iterator[Finding]:
+    """Compare the units that systemd reads with those that this program was shipped with."""
+    shipped = sorted((POLICY_DIR / "systemd").glob("imgpull-*.s*"))
+    places = {path: next((f / path.name for f in UNIT_FOLDERS if (f / path.name).exists()), None) for path in shipped}
+    missing = [path.name for path, found in places.items() if found is None]
+    if missing:
+        yield Finding("warn", "units", f"not installed: {', '.join(missing)}", "install the package: `make deb`")
+    for path, found in places.items():
+        more = [str(p) for folder in UNIT_FOLDERS for p in sorted((folder / f"{path.name}.d").glob("*.conf"))]
+        if found is None:
+            continue
+        if found.read_bytes() != path.read_bytes():
+            yield Finding("warn", path.name, f"{found} differs from what is shipped", f"compare it with {path}")
+        elif more:
+            yield Finding("warn", path.name, f"changed by {', '.join(more)}", "see that it still forbids enough")
+        else:
+            yield Finding("ok", path.name, f"{found}, as shipped, hardening included")
+
+
+def _door(settings: Settings) -> Iterator[Finding]:
+    """Look whether this user, in this session, belongs to the group that owns the helper's socket."""
+    try:
+        owner = os.stat(settings.helper_socket).st_gid
+    except OSError:
+        return  # what is missing is told with the helper
+    with suppress(KeyError):
+        entry, user = grp.getgrgid(owner), pwd.getpwuid(os.geteuid())
+        if os.geteuid() == 0 or owner in (os.getegid(), *os.getgroups()):
+            yield Finding("ok", "group", f"this session is in {entry.gr_name}")
+        elif user.pw_name in entry.gr_mem:
+            yield Finding(
+                "fail", "group", f"{user.pw_name} is in {entry.gr_name}, but not in this session", "log in again"
+            )
+        else:
+            remedy = f"as root: `usermod -aG {entry.gr_name} {user.pw_name}`, then log in again"
+            yield Finding("fail", "group", f"{user.pw_name} is not in {entry.gr_name}", remedy)
+
+
 def _helper(settings: Settings) -> Iterator[Finding]:
     from broker import work
 
@@ -154,8 +204,8 @@ def _helper(settings: Settings) -> Iterator[Finding]:
             yield Finding(level, f"pool {kind}", text, "`imgpull gc`, `imgpull rm`, or `imgpull-helper pool grow`")
 
 
-def _s3(settings: Settings) -> Iterator[Finding]:
-    """Start the fetcher: it tells whether its sandbox holds and where credentials come from; S3 is not asked."""
+def _s3(settings: Settings, reference: Reference | None) -> Iterator[Finding]:
+    """Start the fetcher: it tells whether its sandbox holds and where credentials come from, and asks S3."""
     from broker import work
 
     try:
@@ -163,10 +213,23 @@ def _s3(settings: Settings) -> Iterator[Finding]:
     except ImgpullError as error:
         yield Finding("fail", "fetcher", error.problem.what, error.problem.lines()[-1])
         return
-    yield Finding(
-        "ok", "fetcher", "its sandbox holds: " + ", ".join(f"{k} {v}" for k, v in sorted(ready.sandbox.items()))
-    )
+    held = [f"{name} {value}" for name, value in sorted(ready.sandbox.items()) if name != "rlimits"]
+    yield Finding("ok", "fetcher", f"its sandbox holds: {', '.join(held)}")
     none = ready.credentials in ("none", "")
     text = "none found; only public buckets can be read" if none else f"from {ready.credentials}"
     yield Finding("warn" if none else "ok", "credentials", text, "set AWS_PROFILE, or use --no-sign-request")
     yield Finding("ok", "endpoint", ready.endpoint)
+    if reference is None:
+        yield Finding("ok", "bucket", "not asked: `imgpull doctor REF` tries one")
+        return
+    try:
+        layers = work.layers_of(settings, reference)
+    except ImgpullError as error:
+        what, why, advice = error.problem.lines()
+        yield Finding("fail", "bucket", f"{what}: {why}", advice)
+        return
+    total = sum(layer.pin.size for layer in layers)
+    yield Finding("ok", "bucket", f"{reference}: {len(layers)} layers, {console.size(total)}")
+    if not none:
+        # AWS Signature Version 4: a request whose time is off by more is answered with RequestTimeTooSkewed.
+        yield Finding("ok", "clock", "within the 15 minutes that S3 allows")

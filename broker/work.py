@@ -205,9 +205,7 @@ def _tell_of_the_interrupted(engine: Engine, report: Reporter, key: str) -> None
         if record.key == key:
             children = engine.lookup.children(record)
             done = sum(child.outcome == "done" for child in children)
-            report.notice(
-                f"going on where it was interrupted: {done} of {len(children)} layers done", run=record.id
-            )
+            report.notice(f"going on where it was interrupted: {done} of {len(children)} layers done", run=record.id)
 
 
 def _step_seconds(engine: Engine, outcome: Outcome) -> dict[str, float]:
@@ -372,6 +370,18 @@ def fetcher_ready(settings: Settings) -> protocol.Ready:
         async with running(settings, Reporter()) as app:
             session = await app.fetcher(endpoint_of(settings))
             return await session.greeting()
+
+    return run(work)
+
+
+def layers_of(settings: Settings, reference: Reference) -> list[machines.LayerSpec]:
+    """Ask S3 which layers an image has."""
+    endpoint = endpoint_of(settings)
+    request = machines.PullRequest(ref=str(reference), source=settings.source, endpoint=endpoint, name=None)
+
+    async def work() -> list[machines.LayerSpec]:
+        async with running(settings, Reporter()) as app:
+            return (await machines.pin_layers(app, request)).layers
 
     return run(work)
 

@@ -26,7 +26,9 @@ from broker.errors import CATALOGUE
 from broker.settings import SETTINGS, Row
 
 COMMON: Final = ("as_json", "debug")
-S3_OPTIONS: Final = tuple(str(parameter.name) for parameter in imgpull.commands["doctor"].params)[: -len(COMMON)]
+S3_OPTIONS: Final = tuple(
+    str(p.name) for p in imgpull.commands["plan"].params if p.name not in ("ref", "name", "no_activate", *COMMON)
+)
 ROOT: Final = Path(__file__).resolve().parents[2]
 PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
