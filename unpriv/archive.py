@@ -6,11 +6,13 @@ is compared twice, nor believed.
 Rule 3: any result but OK and EOF is a refusal, warnings too. One warning is foretold from the bytes: names in a PAX
 header that are not UTF-8, as Go's writers leave them (libarchive keeps the bytes and warns).
 
-libarchive turns names of PAX headers into Unicode's composed form (measured with 3.6.2), so a name that differs is
-compared once more after decomposing both. Its own numbers, times and attributes are never used.
+libarchive turns names of PAX headers into Unicode's composed form, and pairs of surrogates into one character (measured
+with 3.6.2), so a name that differs is compared once more after decomposing both. Its own numbers, times and attributes
+are never used.
 """
 
 import ctypes
+import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from unpriv.rules import BLOCK, CHAR, DIRECTORY, FIFO, FILE, HARDLINK, SYMLINK, 
 
 READERS_DISAGREE: Final = rule("readers_disagree")
 
+_PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 LIBRARY: Final = "libarchive.so.13"  # by its name: ctypes.util.find_library() would run ldconfig and gcc
 _OK, _EOF, _WARN, _FATAL = 0, 1, -20, -30
 _FOUND: Final = {
@@ -206,13 +209,22 @@ def _same_name(theirs: object, ours: bytes) -> bool:
     """Tell if two names are canonically equivalent, as Unicode has it, but for slashes that mean nothing."""
     if not isinstance(theirs, bytes):
         return False
-    try:
-        left, right = theirs.decode("utf-8"), ours.decode("utf-8")
-    except UnicodeDecodeError:
-        left, right = theirs.decode("latin-1"), ours.decode("latin-1")
-    else:
-        left, right = unicodedata.normalize("NFD", left), unicodedata.normalize("NFD", right)
+    left, right = _decomposed(theirs), _decomposed(ours)
     return left == right or left.replace("//", "/").rstrip("/") == right.replace("//", "/").rstrip("/")
+
+
+def _decomposed(name: bytes) -> str:
+    """Return a name with its characters decomposed, and pairs of surrogates (CESU-8) as the one that they stand for."""
+    try:
+        text = name.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return name.decode("latin-1")
+    return unicodedata.normalize("NFD", _PAIR.sub(_one_character, text))
+
+
+def _one_character(pair: re.Match[str]) -> str:
+    high, low = map(ord, pair[0])
+    return chr(0x10000 + ((high & 0x3FF) << 10 | low & 0x3FF))
 
 
 def refusal(error: DisagreementError, entry: int) -> RejectedError:

@@ -65,7 +65,17 @@ def test_name_with_components_that_mean_nothing(name: bytes) -> None:
     assert set(check(tar(member(name))).paths()) == {"a", "a/b"}
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", b"\xed\xa0\x80", b"a\xc0\xafb"])
+ODD_BYTES = [
+    b"caf\xe9",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"a\xc0\xafb",
+    b"\xed\xa0\xbd\xed\xb0\x8d",
+    b"\xf8\x88\x80\x80\x80",
+]
+
+
+@pytest.mark.parametrize("name", ODD_BYTES)
 def test_name_that_is_not_utf8_stays_as_it_is(name: bytes) -> None:
     """From ustar, from PAX with hdrcharset=BINARY (libarchive, Python) and without (Go)."""
     for members in (
