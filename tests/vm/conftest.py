@@ -4,19 +4,17 @@ A test that crashes or reboots the machine boots one of its own from the same ro
 """
 
 import contextlib
-import io
 import os
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.vm import rootfs as rootfs_builder
+from tests.vm.installed import Site, installed_machine, make_site, mount_site
 from tests.vm.machine import Disk, Machine, MachineError, blank, choose_accelerator, overlay, temporary_directory
 from tests.vm.rootfs import Rootfs
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.vm.source import bring_source
 
 
 @pytest.fixture(scope="session")
@@ -30,24 +28,47 @@ def accelerator(rootfs: Rootfs) -> str:
 
 
 @pytest.fixture(scope="session")
-def machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
+def site(installed: Path, scale: int) -> Iterator[Site]:
+    """Make the disk with imgpull and the bucket of images."""
+    with temporary_directory() as directory:
+        yield make_site(installed, directory, scale)
+
+
+@pytest.fixture(scope="session")
+def machine(rootfs: Rootfs, accelerator: str, site: Site) -> Iterator[Machine]:
     """Boot the machine that most tests share."""
-    with booted_machine(rootfs, accelerator) as booted:
+    with booted_machine(rootfs, accelerator, site) as booted:
         yield booted
 
 
+@pytest.fixture(scope="session")
+def scale() -> int:
+    """Return how many times smaller than real ones pool and images are: 1 is the full size."""
+    return int(os.environ.get("IMGPULL_VM_SCALE", "16"))
+
+
+@pytest.fixture(scope="session")
+def host(rootfs: Rootfs, accelerator: str, site: Site, scale: int) -> Iterator[Machine]:
+    """Boot the machine that an administrator has set up."""
+    with installed_machine(rootfs, accelerator, site, scale) as machine:
+        yield machine
+
+
 @contextlib.contextmanager
-def booted_machine(rootfs: Rootfs, accelerator: str) -> Iterator[Machine]:
-    """Boot a machine; /scratch is an empty ext4, the disks ``meta`` and ``data`` are blank."""
+def booted_machine(rootfs: Rootfs, accelerator: str, site: Site | None = None) -> Iterator[Machine]:
+    """Boot a machine; /scratch is an empty ext4, the disks ``meta`` and ``data`` are blank; imgpull may be there."""
     with temporary_directory() as directory:
         disks = [
             Disk(blank(directory / "scratch", 6 << 30), "scratch"),
             Disk(blank(directory / "meta", 64 << 20), "meta"),
             Disk(blank(directory / "data", 2 << 30), "data"),
+            *([site.disk] if site else []),
         ]
         root = overlay(rootfs.image, directory / "root.qcow2")
         with Machine(rootfs.kernel, root, disks, accelerator) as booted:
             prepare(booted)
+            if site:
+                mount_site(booted, site)
             yield booted
 
 
@@ -60,11 +81,13 @@ def prepare(machine: Machine) -> None:
     machine.sh(f"{disks}; disk=/dev/disk/by-id/virtio-scratch; {mount}")
 
 
-def run_case(machine: Machine, program: str, case: str, environment: Mapping[str, str], timeout_s: float) -> str:
+def run_case(
+    machine: Machine, program: str, case: str, environment: Mapping[str, str], timeout_s: float, python: str = "python3"
+) -> str:
     """Run one case of a program in guest/; after a failure boot anew, so that its mess fails no other case."""
     path, environment = f"/src/tests/vm/guest/{program}", {"PYTHONPATH": "/src", **environment}
     try:
-        result = machine.run("python3", path, case, environment=environment, timeout_s=timeout_s)
+        result = machine.run(python, path, case, environment=environment, timeout_s=timeout_s)
         assert "blocked for more than" not in machine.sh("dmesg").out, "a process hung in the kernel"
     except (MachineError, AssertionError):
         machine.kill()
@@ -72,17 +95,3 @@ def run_case(machine: Machine, program: str, case: str, environment: Mapping[str
         prepare(machine)
         raise
     return result.out
-
-
-def bring_source(machine: Machine) -> None:
-    """Copy what runs inside the guest to /src: the helper, its policy, and this folder's own programs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in ("privhelper", "policy", "tests/vm", "tests/privhelper"):
-            archive.add(REPOSITORY / name, arcname=name, filter=_without_bytecode)
-    machine.put("/src.tar", buffer.getvalue())
-    machine.sh("mkdir -p /src; tar -C /src -xf /src.tar; rm /src.tar; python3 -m compileall -q /src/privhelper")
-
-
-def _without_bytecode(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if os.path.basename(member.name) == "__pycache__" else member

@@ -73,7 +73,8 @@ FILES: Final = {
 #: Ordinary users of the guest: the installation puts alice into the client group, mallory stays outside.
 USERS: Final = {"alice": 1500, "mallory": 1501}
 
-IMAGE_BYTES: Final = 1536 << 20
+IMAGE_BYTES: Final = 6 << 30  # sparse: the full-size families, their blobs and a pool of 2 GiB have room
+INODES: Final = 1 << 16
 KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
@@ -142,7 +143,8 @@ def _build_into(final: Path) -> None:
         shutil.copyfile(kernel, work / "out" / "vmlinuz")
         # The image's writes go to overlays, so it needs no journal of its own; the overlay of an installed machine is
         # only ever cut off after a clean power-off.
-        _run("mke2fs", "-q", "-t", "ext4", "-F", "-m", "0", "-E", "nodiscard,root_owner=0:0", "-d", root,
+        _run("mke2fs", "-q", "-t", "ext4", "-F", "-m", "0", "-N", str(INODES), "-d", root,
+             "-E", "nodiscard,root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0",
              work / "out" / "root.ext4", f"{IMAGE_BYTES >> 10}k")  # fmt: skip
         (work / "out").rename(final)
     finally:

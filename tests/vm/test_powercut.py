@@ -10,21 +10,19 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.vm.blocklog import BlockLog
-from tests.vm.conftest import bring_source
 from tests.vm.machine import Disk, Machine, blank, overlay, temporary_directory
 from tests.vm.rootfs import Rootfs
+from tests.vm.source import bring_source
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 DISK_BYTES = 640 << 20
 PROGRAM = "/src/tests/vm/guest/powercut.py"
-MACHINES = 2  # emulated at the same time, one processor each
 CUTS = int(os.environ.get("IMGPULL_VM_CUTS", "200"))
 
 
@@ -54,10 +52,9 @@ def choose(log: BlockLog, count: int) -> list[tuple[int, int]]:
     return sorted((place, choice.choice([0, 1, choice.randrange(2, 1 << 30)])) for place in places)
 
 
-def check(
-    rootfs: Rootfs, accelerator: str, recorded: Path, states: list[tuple[int, int]], what: str = "check"
-) -> Counter[str]:
-    """Boot a machine that tries these states; return how many of each kind there were."""
+@pytest.fixture(scope="module")
+def replayer(rootfs: Rootfs, accelerator: str, recorded: Path) -> Iterator[Machine]:
+    """Boot a machine that has the log, and a disk to put states on."""
     with temporary_directory() as directory:
         disks = [
             Disk(recorded / "log", "log", read_only=True),
@@ -66,39 +63,41 @@ def check(
         root = overlay(rootfs.image, directory / "root.qcow2")
         with Machine(rootfs.kernel, root, disks, accelerator, processors=1) as machine:
             bring_source(machine)
-            machine.put("/states", "".join(json.dumps(state) + "\n" for state in states).encode())
-            by_id = "/dev/disk/by-id/virtio-"
-            result = machine.run(
-                "python3", PROGRAM, what, f"{by_id}log", f"{by_id}state", "/states",
-                environment={"PYTHONPATH": "/src"}, timeout_s=30 * len(states) + 60, check=False,
-            )  # fmt: skip
-            assert result.code == 0, f"{result.out[-2000:]}\n{result.err[-4000:]}"
-            return Counter(json.loads(result.out.splitlines()[-1]))
+            yield machine
+
+
+def replay(machine: Machine, what: str, states: list[tuple[int, int]]) -> Counter[str]:
+    """Have these states tried; return how many of each kind there were."""
+    machine.put("/states", "".join(json.dumps(state) + "\n" for state in states).encode())
+    by_id = "/dev/disk/by-id/virtio-"
+    result = machine.run(
+        "python3", PROGRAM, what, f"{by_id}log", f"{by_id}state", "/states",
+        environment={"PYTHONPATH": "/src"}, timeout_s=30 * len(states) + 60, check=False,
+    )  # fmt: skip
+    assert result.code == 0, f"{result.out[-2000:]}\n{result.err[-4000:]}"
+    return Counter(json.loads(result.out.splitlines()[-1]))
 
 
 def test_a_power_cut_at_any_block_barrier_loses_nothing_that_was_acknowledged(
-    rootfs: Rootfs, accelerator: str, recorded: Path
+    recorded: Path, replayer: Machine
 ) -> None:
     log = BlockLog(str(recorded / "log"))
     states = choose(log, CUTS)
     figures = f"{len(log.entries)} requests, {len(log.barriers())} barriers"
     log.close()
     begin_s = time.monotonic()
-    with ThreadPoolExecutor(MACHINES) as machines:
-        parts = [states[number::MACHINES] for number in range(MACHINES)]
-        found = machines.map(lambda part: check(rootfs, accelerator, recorded, part), parts)
-        kinds = sum(found, Counter())
+    kinds = replay(replayer, "check", states)
     print(f"power cuts: {len(states)} states of {figures}, in {time.monotonic() - begin_s:.0f} s: {dict(kinds)}")
     assert kinds["ok"] > len(states) / 2
 
 
-def test_a_disk_that_ignores_flushes_is_found_out(rootfs: Rootfs, accelerator: str, recorded: Path) -> None:
+def test_a_disk_that_ignores_flushes_is_found_out(recorded: Path, replayer: Machine) -> None:
     """The control: the check above can fail."""
     log = BlockLog(str(recorded / "log"))
     choice = random.Random(1)
     half = len(log.entries) // 2
     states = sorted((choice.randrange(half, len(log.entries)), choice.randrange(1 << 30)) for _ in range(6))
     log.close()
-    kinds = check(rootfs, accelerator, recorded, states, "control")
+    kinds = replay(replayer, "control", states)
     print(f"control: {dict(kinds)}")
     assert kinds["damaged"] > 0

@@ -7,22 +7,24 @@ emulated processor needs a second for those imports.
 import contextlib
 import functools
 import os
-import subprocess
 import time
+import traceback
 from pathlib import Path
 from typing import Self
 
 from privhelper import __main__ as program
 from privhelper import policy
 from tests.privhelper.client import Helper, connected_pair
+from tests.vm.guest.stopping import Stops, be_stopped
 
+LISTENER = 63  # where a helper that stops at its calls has the descriptor that tells of them
 policy.load = functools.cache(policy.load)
 
 
 class ForkedHelper(Helper):
-    """One connection; ``strace`` are further words for strace(1), which is attached before the first instruction."""
+    """One connection. With ``kill_at`` it stops at its mutating calls, and dies at that one of them (0: at none)."""
 
-    def __init__(self, config: Path, *, strace: tuple[str, ...] = ()) -> None:
+    def __init__(self, config: Path, *, kill_at: int | None = None) -> None:
         policy.load(str(config))
         self.log_read, log = os.pipe()
         self.sock, theirs = connected_pair(0)
@@ -30,45 +32,43 @@ class ForkedHelper(Helper):
         self.pid = os.fork()
         if self.pid == 0:
             os.close(going)
-            self._run(config, theirs.fileno(), log, go)
+            self._run(config, theirs.fileno(), log, go, kill_at is not None)
         for fd in (log, go):
             os.close(fd)
         theirs.close()
         self.sock.settimeout(30)
-        self.tracer = self._attach(strace) if strace else None
+        self.stops = None if kill_at is None else Stops(self.pid, LISTENER, kill_at)
         os.close(going)
 
     def __enter__(self) -> Self:
         return self
 
-    def _run(self, config: Path, connection: int, log: int, go: int) -> None:
+    def _run(self, config: Path, connection: int, log: int, go: int, stops: bool) -> None:
         """Become the helper: in the child, never returns."""
         code = 70
         try:
             os.setsid()
-            os.read(go, 1)
             self.sock.close()
+            if stops:
+                os.dup2(be_stopped(), LISTENER)
+            os.read(go, 1)
             os.dup2(log, 2)
             os.dup2(connection, 3)
             os.environ["LISTEN_FDS"] = "1"
-            os.closerange(4, 64)
+            os.closerange(4, LISTENER)
             code = program.main(["--config", str(config), "serve"])
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
-
-    def _attach(self, words: tuple[str, ...]) -> "subprocess.Popen[bytes]":
-        tracer = subprocess.Popen(["strace", "-f", "-qq", *words, "-p", str(self.pid)], stderr=subprocess.DEVNULL)
-        while "TracerPid:\t0\n" in Path(f"/proc/{self.pid}/status").read_text():
-            assert tracer.poll() is None, "strace ended before it attached"
-            time.sleep(0.002)
-        return tracer
 
     def close(self) -> int:
         """Hang up, wait for the helper and for every process that it started; return its exit code."""
         self.sock.close()
         _, status = os.waitpid(self.pid, 0)
         os.close(self.log_read)
-        self._end_tracer()
+        if self.stops:
+            self.stops.close()
         deadline_s = time.monotonic() + 10
         with contextlib.suppress(ProcessLookupError):
             while True:
@@ -76,11 +76,3 @@ class ForkedHelper(Helper):
                 assert time.monotonic() < deadline_s, "a child of the helper stays"
                 time.sleep(0.005)
         return os.waitstatus_to_exitcode(status)
-
-    def _end_tracer(self) -> None:
-        """Wait for strace; while it stays, a process that it traces lives on, and the check after this one says so."""
-        if self.tracer:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.tracer.wait(10)
-            self.tracer.kill()
-            self.tracer.wait()

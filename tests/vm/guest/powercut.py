@@ -98,7 +98,7 @@ def record(disk: str) -> None:
     helper.run("mount", disk, "/scratch")
     notes = Notes(disk)
     helper.FOLDER.mkdir()
-    helper.CONFIG.write_text(helper.SETTINGS.format(data_bytes=96 << 20))
+    helper.CONFIG.write_text(helper.SETTINGS.format(data_bytes=96 << 20, metadata_bytes=4 << 20))
     os.sync()
     helper.administer("pool", "create")
     notes.facts["pool"] = True
@@ -218,15 +218,17 @@ def compare(dev: int, files: dict[str, str]) -> None:
         kept.deactivate(dev)
 
 
-def prepare(log_path: str, states_path: str) -> tuple[BlockLog, list[tuple[int, int]], str]:
-    """Return the log, the states (one ``[position, seed]`` a line, ascending) and a block device for a snapshot."""
+def prepare(log_path: str, disk: str, states_path: str) -> tuple[BlockLog, list[tuple[int, int]], str]:
+    """Blank the disk; return the log, the states (``[position, seed]``, ascending), a block device for a snapshot."""
+    helper.run("blkdiscard", disk)
     # Nothing here needs udev, and its rules start programs for each device that comes and goes.
     units = ("systemd-udevd.service", "systemd-udevd-kernel.socket", "systemd-udevd-control.socket")
     helper.run("systemctl", "stop", *units)
     with open(states_path) as file:
         states = [tuple(json.loads(line)) for line in file]
     os.makedirs("/scratch", exist_ok=True)
-    helper.run("mount", "-t", "tmpfs", "-o", f"size={COW_BYTES + (1 << 20)}", "tmpfs", "/media")
+    if not os.path.ismount("/media"):
+        helper.run("mount", "-t", "tmpfs", "-o", f"size={COW_BYTES + (1 << 20)}", "tmpfs", "/media")
     with open("/media/cow", "wb") as file:
         file.truncate(COW_BYTES)
     return BlockLog(log_path), states, helper.run("losetup", "--find", "--show", "/media/cow").strip()
@@ -234,7 +236,7 @@ def prepare(log_path: str, states_path: str) -> tuple[BlockLog, list[tuple[int, 
 
 def check(log_path: str, disk: str, states_path: str) -> None:
     """Try every state; print how many there were of each kind."""
-    log, states, cow = prepare(log_path, states_path)
+    log, states, cow = prepare(log_path, disk, states_path)
     base, done, kinds = os.open(disk, os.O_RDWR), 0, Counter[str]()
     for number, (position, seed) in enumerate(states):
         settled = log.settled(position)
@@ -256,7 +258,7 @@ def check(log_path: str, disk: str, states_path: str) -> None:
 
 def control(log_path: str, disk: str, states_path: str) -> None:
     """See that the check can fail: a disk that ignores flushes loses what was acknowledged."""
-    log, states, cow = prepare(log_path, states_path)
+    log, states, cow = prepare(log_path, disk, states_path)
     kinds = Counter[str]()
     for position, seed in states:
         base = os.open(disk, os.O_RDWR)

@@ -237,6 +237,30 @@ def case_two_block_devices_make_a_pool_that_survives_a_detach() -> None:
     blank(DATA_DISK)
 
 
+def case_plain_logical_volumes_make_a_pool_and_lvms_own_pools_are_refused() -> None:
+    """As LVM names them: LVM-<VG><LV>, with a suffix for the hidden volumes of a pool (lvm2, lib/misc/lvm-string.c)."""
+    disks = {"meta": blank(META_DISK), "data": blank(DATA_DISK)}
+    try:
+        for part, disk in disks.items():
+            for suffix in ("", f"-t{part}"):
+                table = f"0 {64 * MIB // 512 if part == 'meta' else 256 * MIB // 512} linear {disk} 0"
+                sh(f"dmsetup create vg-{part}{suffix} -u LVM-{'x' * 32}{part}{suffix} --table '{table}'")
+        made = Rig("/scratch/pool")
+        for parts in (("meta-tmeta", "data"), ("meta", "data-tdata")):
+            paths = [f"/dev/mapper/vg-{part}" for part in parts]
+            with refused("refused", "give two plain logical volumes"):
+                made.pool.create(dict(zip(("metadata", "data"), paths, strict=True)))
+        with rig(metadata="/dev/mapper/vg-meta", data="/dev/mapper/vg-data") as made:
+            made.snapshot(1, 0)
+            made.pool.detach()
+            made.pool.attach()
+            assert made.store.devices() == {1}
+    finally:
+        sh("udevadm settle; for name in $(dmsetup ls | awk '/^vg-/ {print $1}'); do dmsetup remove --retry $name; done")
+        for disk in disks.values():
+            blank(disk)
+
+
 def case_blanked_metadata_is_refused_and_not_formatted() -> None:
     """The kernel would make a new, empty pool of it; all images would be gone without a word."""
     with rig() as made:
@@ -454,7 +478,7 @@ def case_udev_neither_links_nor_probes_and_leaves_the_grant() -> None:
         made.snapshot(1, 0)
         sh("udevadm settle")
         with made.active(1) as path:
-            made.store.grant(path, ALICE)
+            made.store.grant(path, ALICE, True)
             assert may_write(path, ALICE), "before udev has looked"
             sh("udevadm settle; udevadm trigger --action=change --settle " + path)
             assert may_write(path, ALICE) and not may_write(path, MALLORY), sh(f"getfacl {path} || ls -l {path}")
@@ -517,7 +541,7 @@ def case_a_full_pool_errors_at_once_refuses_copies_and_recovers_by_a_delete() ->
         assert time.monotonic() - begin_s < 30, "a writer waited for space"
         status = made.store.status()
         assert status.state == "out_of_data" and "remove images" in status.advice, status
-        with refused("fault", "out_of_data"):
+        with refused("no_room", "out_of_data"):
             made.store.settle(1)
         with refused("no_room", "out_of_data"):
             made.store.create(3, 2)
