@@ -20,7 +20,7 @@ SOURCES := broker unpriv privhelper tests
 HELPER := dist/imgpull-helper.pyz
 DESTDIR ?=
 
-.PHONY: help setup demo test lint format manual helper deb install-helper vm fuzz faults soak bench lock clean
+.PHONY: help setup demo test lint format manual helper deb install-helper vm vm-full fuzz faults soak bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand --tabs=24
@@ -63,6 +63,10 @@ install-helper: helper  ## install the root helper and its units as policy/syste
 
 vm: setup  ## the tests that need a kernel with device-mapper, in a virtual machine
 	$(AS_ROOT) $(PYTHON) -m pytest $(if $(AS_ROOT),-p no:cacheprovider) tests/vm $(PYTEST_ARGS)
+
+vm-full: setup  ## the same at full size, every point and 1,000 power cuts: hours where the processor is emulated
+	$(AS_ROOT) env IMGPULL_VM_SCALE=1 IMGPULL_VM_POINTS=0 IMGPULL_VM_CUTS=1000 \
+	    $(PYTHON) -m pytest $(if $(AS_ROOT),-p no:cacheprovider) tests/vm -s $(PYTEST_ARGS)
 
 fuzz: setup  ## fuzz the parsers; FUZZ_SECONDS a harness
 	$(PYTHON) -m tests.fuzz
