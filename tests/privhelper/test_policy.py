@@ -338,7 +338,7 @@ def test_audit_tells_a_way_that_is_open(
     monkeypatch.setattr(kernel, "restrict_beneath", lambda root, rights: 0)
     assert administer.run(policy.load(str(installation.config)), ["audit"]) == 1
     wrong = [line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
-    assert ["verify", "memory_that_runs"] in wrong and ["populate", "connect"] in wrong
+    assert ["verify", "connect"] in wrong and ["populate", "connect"] in wrong
 
 
 # ---------------------------------------------------------------- figures
