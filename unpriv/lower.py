@@ -1,7 +1,8 @@
 """The merged tree of the lower layers, replayed from their manifests.
 
 Rule 1: the manifests come from earlier runs of this program, which had met hostile bytes: every line must have exactly
-the form that manifest.py writes, and every operation must fit the tree that it works on.
+the form that manifest.py writes, every value lie within the protocol's ceilings, and every operation fit the tree that
+it works on. What root refuses is refused here, but for what is policy on its side (tests/contract compares them).
 Rule 2: manifest k must name the digest of manifest k-1 as its parent.
 Rule 3: compact: a directory is a dictionary, anything else a number. Where metadata is wanted for a listing, the number
 says in which manifest and at which byte its operation stands.
@@ -11,18 +12,20 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Union
 
 from privhelper import protocol
+from unpriv import rules
 from unpriv.blob import Blob
 from unpriv.rulebook import RejectedError, rule
 
 LOWER_MANIFEST_INVALID: Final = rule("lower_manifest_invalid")
 
 # A leaf is `place << 3 | flag | kind`; the place is `layer << 40 | offset`, or 0 where no listing is wanted.
-LEAF_FILE, LEAF_SYMLINK, LEAF_OTHER = 0, 1, 2
+LEAF_FILE, LEAF_SYMLINK = 0, 1
 LEAF_LINK: Final = 4  # made by a `link` operation; its place is that of the file
-_KIND_MASK: Final = 3
+_KIND_MASK: Final = 1
 _SHIFT: Final = 3
 _LAYER_SHIFT: Final = 40
 MAX_DEPTH: Final = min(protocol.MAX_DEPTH, 256)  # as in limits.py: trees are walked by recursion
@@ -32,12 +35,23 @@ Tree = dict[bytes, Union[int, "Tree"]]
 _PLAIN_NAME: Final = re.compile(rb"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,100}")  # no dots first, no escapes, not too long
 
 _PIECE_BYTES: Final = 1 << 20
-_LEAF_OF_OP: Final = {
-    b"file": LEAF_FILE, b"symlink": LEAF_SYMLINK, b"char": LEAF_OTHER, b"block": LEAF_OTHER, b"fifo": LEAF_OTHER,
-}  # fmt: skip
+
+
+def _to(limit: int) -> bytes:
+    """Return the expression of a number from 0 to ``limit`` without leading zeros; short ones are tried first."""
+    digits = str(limit)
+    shorter = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
+    smaller = [
+        f"{digits[:at]}[{1 if at == 0 else 0}-{int(digit) - 1}][0-9]{{{len(digits) - at - 1}}}"
+        for at, digit in enumerate(digits)
+        if int(digit) > (at == 0)
+    ]
+    return f"(?:{'|'.join([*shorter, *smaller, digits])})".encode("ascii")
+
 
 _HEAD: Final = re.compile(
-    rb'\{"bytes":[0-9]{1,16},"entries":([0-9]{1,10}),"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
+    rb'\{"bytes":(' + _to(protocol.MAX_CONTENT_BYTES) + rb'),"entries":(' + _to(protocol.MAX_ENTRIES) + rb"),"
+    rb'"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
 )
 _PLAIN: Final = rb'[^"\\\x00-\x1f\x7f-\xff]*'
 # What JSON writes for text, and one lone surrogate for each byte that is not UTF-8 (PEP 383); no other.
@@ -45,12 +59,12 @@ _UNICODE: Final = (
     rb"u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|dc[89a-f][0-9a-f])"
 )
 _STRING: Final = rb'"' + _PLAIN + rb'(?:\\(?:["\\bfnrt]|' + _UNICODE + rb")" + _PLAIN + rb')*"'
-_NUMBER: Final = rb"(?:0|[1-9][0-9]{0,19})"
+_ID: Final = _to((1 << 32) - 2)
 _XATTR: Final = _STRING + rb':"(?:[0-9a-f]{2})*"'
 
 
 def _form(*fields: tuple[str, bytes]) -> re.Pattern[bytes]:
-    """Return the expression of an operation: group 1 is `in`, 2 the name without its quotes, 3 what `dir` or `to` says.
+    """Return the expression of an operation: group 1 is `in`, 2 the name without its quotes, 3 what is its own.
 
     The keys come in the canonical order, so one expression accepts exactly the lines that manifest.py writes.
     """
@@ -58,27 +72,25 @@ def _form(*fields: tuple[str, bytes]) -> re.Pattern[bytes]:
     return re.compile(rb"\{" + b",".join(pairs) + rb"\}\n")
 
 
-_IN: Final = ("in", b"(" + _NUMBER + b")")
+_IN: Final = ("in", b"(" + _to(protocol.MAX_ENTRIES) + b")")
 _NAME: Final = ("name", b'"(' + _STRING[1:-1] + b')"')
-_GID, _UID, _MODE, _MTIME = (("gid", _NUMBER), ("uid", _NUMBER), ("mode", _NUMBER), ("mtime", _NUMBER))
-_XATTRS: Final = ("xattrs", rb"\{(?:" + _XATTR + b"(?:," + _XATTR + rb")*)?\}()")
-_DEVICE: Final = (("major", _NUMBER), ("minor", _NUMBER))
+_GID, _UID, _MODE = ("gid", _ID), ("uid", _ID), ("mode", _to(protocol.MAX_MODE))
+_MTIME: Final = ("mtime", _to(protocol.MAX_MTIME_NS))
+_XATTRS: Final = ("xattrs", rb"(\{(?:" + _XATTR + b"(?:," + _XATTR + rb")*)?\})")
+_SIZE: Final = b"(" + _to(protocol.MAX_FILE_BYTES) + b")"
 _FORMS: Final = {
     b"enter": _form(_IN, _NAME, ("op", b'"enter"()')),
     b"remove": _form(("dir", b"(true|false)"), _IN, _NAME, ("op", b'"remove"')),
     b"dir": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"dir"'), _UID, _XATTRS),
     b"meta": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"meta"'), _UID, _XATTRS),
     b"file": _form(
-        ("at", _NUMBER), _GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"file"'), ("sha256", b'"[0-9a-f]{64}"'),
-        ("size", _NUMBER), _UID, _XATTRS,
+        ("at", _to(protocol.MAX_PAYLOAD_BYTES)), _GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"file"'),
+        ("sha256", b'"[0-9a-f]{64}"'), ("size", _SIZE), _UID, _XATTRS,
     ),
     b"symlink": _form(
-        _GID, _IN, _MTIME, _NAME, ("op", b'"symlink"'), ("target", _STRING), _UID, ("xattrs", rb"\{\}()")
+        _GID, _IN, _MTIME, _NAME, ("op", b'"symlink"'), ("target", b"(" + _STRING + b")"), _UID, ("xattrs", rb"\{\}")
     ),
     b"link": _form(_IN, _NAME, ("op", b'"link"'), ("to", rb"(\[" + _STRING + b"(?:," + _STRING + rb")*\])")),
-    b"fifo": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"fifo"'), ("uid", _NUMBER + b"()")),
-    b"char": _form(_GID, _IN, *_DEVICE, _MODE, _MTIME, _NAME, ("op", b'"char"'), ("uid", _NUMBER + b"()")),
-    b"block": _form(_GID, _IN, *_DEVICE, _MODE, _MTIME, _NAME, ("op", b'"block"'), ("uid", _NUMBER + b"()")),
 }  # fmt: skip
 _OP: Final = b'"op":"'  # within a string its quotes would be escaped, so the first one found is the key
 
@@ -88,14 +100,15 @@ def _invalid(layer: int, line: int, reason: str) -> RejectedError:
 
 
 def unquote(text: bytes) -> bytes:
-    """Return the bytes of a JSON string as a manifest writes it, without its quotes."""
+    """Return the bytes of a JSON string, without its quotes, written as a manifest writes them. Raises ValueError."""
     if b"\\" not in text:
         return text
     decoded: str = json.loads(b'"' + text + b'"')
-    try:
-        return decoded.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise RejectedError(LOWER_MANIFEST_INVALID, "a name that stands for no bytes") from error
+    found = decoded.encode("utf-8", "surrogateescape")
+    written = encode_basestring_ascii(found.decode("utf-8", "surrogateescape"))
+    if written[1:-1].encode("ascii") != text:
+        raise ValueError("a text that is not written as it should be")
+    return found
 
 
 def _parse(line: bytes) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
@@ -103,13 +116,51 @@ def _parse(line: bytes) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
     begin = line.index(_OP) + len(_OP)
     op = line[begin : line.index(b'"', begin)]
     match = _FORMS[op].fullmatch(line)
-    if match is None or len(line) > protocol.MAX_LINE_BYTES:
+    if match is None or len(line) >= protocol.MAX_LINE_BYTES:
         raise ValueError("not the form of an operation")
     if op == b"remove":  # its keys begin with `dir`
         extra, into, name = match.groups()
         return op, (into, name, extra)
     into, name, extra = match.groups()
+    if op in (b"dir", b"meta"):
+        _check_xattrs(extra)
+    elif op == b"symlink":
+        target = unquote(extra[1:-1])
+        if not 1 <= len(target) <= protocol.MAX_TARGET_BYTES or b"\0" in target:
+            raise ValueError("a target that symlink(2) does not take")
     return op, (into, name, extra)
+
+
+def _check_file(line: bytes, size: bytes, xattrs: bytes) -> int:
+    """Return the size of a file, whose line has the right form. Raises ValueError."""
+    if len(line) >= protocol.MAX_LINE_BYTES or (size == b"0" and not line.startswith(b'{"at":0,')):
+        raise ValueError("too long, or a place for no content")
+    _check_xattrs(xattrs)
+    return int(size)
+
+
+def _check_xattrs(text: bytes) -> None:
+    """Expect attributes that the protocol allows, in the order of their names. Raises ValueError."""
+    if text == b"{}":
+        return
+    pairs: list[tuple[str, str]] = json.loads(text, object_pairs_hook=list)
+    written = ",".join(f'{encode_basestring_ascii(name)}:"{value}"' for name, value in pairs)
+    names_only = [name for name, _ in pairs]
+    if "{" + written + "}" != text.decode("ascii") or names_only != sorted(set(names_only)):
+        raise ValueError("attributes that are not written as they should be")
+    if len(pairs) > protocol.MAX_XATTRS:
+        raise ValueError("too many attributes")
+    for name, value in pairs:
+        raw = unquote(encode_basestring_ascii(name)[1:-1].encode("ascii"))
+        plain = protocol.XATTR_PREFIX.encode("ascii")
+        allowed = name == protocol.XATTR_CAPABILITY or (raw.startswith(plain) and raw != plain)
+        if not allowed or len(raw) > protocol.MAX_XATTR_NAME_BYTES or b"\0" in raw:
+            raise ValueError("an attribute that is not allowed")
+        content = bytes.fromhex(value)
+        if len(content) > protocol.MAX_XATTR_VALUE_BYTES:
+            raise ValueError("an attribute that is too large")
+        if name == protocol.XATTR_CAPABILITY:
+            rules.capability_invalid(content, rules.FILE)
 
 
 class Lower:
@@ -135,24 +186,25 @@ class Lower:
         layer = len(self._manifests)
         head = _HEAD.fullmatch(next(lines, (0, b""))[1])
         parent = b"null" if self.digest is None else f'"{self.digest}"'.encode("ascii")
-        if head is None or head[2] != parent:
+        if head is None or head[3] != parent:
             raise _invalid(layer, 1, "a wrong first line, or not the child of the layer below")
         replay = _Replay(self.root)
         plain_file = _FORMS[b"file"].fullmatch  # most lines
-        count = 0
+        count = content_bytes = 0
         for count, (offset, line) in enumerate(lines, 1):
             place = (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0
             try:
                 if match := plain_file(line):
-                    into, name, _ = match.groups()
+                    into, name, size, xattrs = match.groups()
+                    content_bytes += _check_file(line, size, xattrs)
                     replay.leaf(into, name, place << _SHIFT | LEAF_FILE)
                 else:
                     op, groups = _parse(line)
                     replay.apply(count, op, *groups, place)
             except (RejectedError, KeyError, TypeError, ValueError) as error:
                 raise _invalid(layer, count + 1, f"does not fit: {error}") from error
-        if count != int(head[1]):
-            raise _invalid(layer, count + 1, f"{count} operations, the first line says {int(head[1])}")
+        if (content_bytes, count) != (int(head[1]), int(head[2])):
+            raise _invalid(layer, count + 1, f"{count} operations, {content_bytes} bytes; the first line differs")
         self.digest = f"sha256:{hasher.hexdigest()}"
 
     def _lines(self, manifest: Blob, hasher: Any) -> Iterator[tuple[int, bytes]]:
@@ -184,7 +236,8 @@ class _Replay:
 
     def __init__(self, root: Tree):
         self._root = root
-        self._stack: list[tuple[bytes, Tree]] = [(b"0", root)]  # number and tree of each directory on the way
+        # Number, tree and length of the path, with its slash, of each directory on the way.
+        self._stack: list[tuple[bytes, Tree, int]] = [(b"0", root, 0)]
 
     def apply(self, number: int, op: bytes, into: bytes, quoted: bytes, extra: bytes, place: int) -> None:
         """Apply one operation. Raises KeyError, TypeError or ValueError where it does not fit."""
@@ -194,7 +247,7 @@ class _Replay:
             self._keep_place(self._root, place)
         elif op in (b"enter", b"meta"):
             parent, name = self._parent(into), _component(quoted)
-            self._enter(number, parent[name], place if op == b"meta" else None)
+            self._enter(number, name, parent[name], place if op == b"meta" else None)
         elif op == b"remove":
             _remove(self._parent(into), _component(quoted), extra == b"true")
         elif op == b"dir":
@@ -202,20 +255,20 @@ class _Replay:
             if name in parent:
                 raise ValueError("it exists")
             parent[name] = made
-            self._enter(number, made, place)
+            self._enter(number, name, made, place)
         elif op == b"link":
             self.leaf(into, quoted, self._file(extra) | LEAF_LINK)
         else:
-            self.leaf(into, quoted, place << _SHIFT | _LEAF_OF_OP[op])
+            self.leaf(into, quoted, place << _SHIFT | LEAF_SYMLINK)
 
     def leaf(self, into: bytes, quoted: bytes, node: int) -> None:
         """Put something that is no directory into one."""
-        top, parent = self._stack[-1]
-        if into != top:
-            parent = self._parent(into)
+        if into != self._stack[-1][0]:
+            self._parent(into)
+        _, parent, length = self._stack[-1]
         name = quoted if _PLAIN_NAME.fullmatch(quoted) else _component(quoted)
-        if name in parent:
-            raise ValueError("it exists")
+        if name in parent or length + len(name) > protocol.MAX_PATH_BYTES:
+            raise ValueError("it exists, or its path is too long")
         parent[name] = node
 
     def _parent(self, into: bytes) -> Tree:
@@ -226,12 +279,13 @@ class _Replay:
                 raise ValueError("its directory is not on the way from the root")
         return self._stack[-1][1]
 
-    def _enter(self, number: int, node: "int | Tree", place: int | None) -> None:
+    def _enter(self, number: int, name: bytes, node: "int | Tree", place: int | None) -> None:
         if isinstance(node, int):
             raise TypeError("it is no directory")
-        if len(self._stack) > MAX_DEPTH:
-            raise ValueError("too deep")
-        self._stack.append((b"%d" % number, node))
+        length = self._stack[-1][2] + len(name)
+        if len(self._stack) > MAX_DEPTH or length > protocol.MAX_PATH_BYTES:
+            raise ValueError("too deep, or its path is too long")
+        self._stack.append((b"%d" % number, node, length + 1))
         if place is not None:
             self._keep_place(node, place)
 
@@ -246,8 +300,8 @@ class _Replay:
         for name in json.loads(untrusted_to):
             if isinstance(node, int):
                 raise TypeError("the target's parent is no directory")
-            node = node[name.encode("utf-8", "surrogateescape")]
-        if not isinstance(node, int) or node & _KIND_MASK == LEAF_OTHER:
+            node = node[_component(encode_basestring_ascii(name)[1:-1].encode("ascii"))]
+        if not isinstance(node, int):
             raise TypeError("the target is neither file nor symbolic link")
         return node
 
