@@ -27,6 +27,7 @@ HARDLINK_ESCAPES_ROOT: Final = rule("hardlink_escapes_root")
 HARDLINK_METADATA_DROPPED: Final = rule("hardlink_metadata_dropped", "drop")
 MTIME_CLAMPED: Final = rule("mtime_clamped", "warn")
 ID_ABOVE_HELPER: Final = rule("id_above_helper", "warn")
+CAPABILITY_ABOVE_HELPER: Final = rule("capability_above_helper", "warn")
 
 _NS: Final = 1_000_000_000
 _new: Final = tuple.__new__  # see header.py
@@ -89,7 +90,7 @@ class Judge:
             mtime_ns = mtime_ns if overrides.mtime_ns is None else overrides.mtime_ns
             self._findings.dropped.update(overrides.dropped)
             if overrides.xattrs:
-                xattrs = self._xattrs(overrides.xattrs, kind)
+                xattrs = self._xattrs(overrides.xattrs, kind, path, place)
         if uid > self._plain_id or gid > self._plain_id:
             self._large_owner(uid, gid, path, place)
         if not 0 <= mtime_ns <= MAX_MTIME_NS:
@@ -114,7 +115,9 @@ class Judge:
             raise RejectedError(HARDLINK_ESCAPES_ROOT, "path traversal: the target of a hard link has a `..`")
         return rules.checked_path(untrusted_target, self._limits)
 
-    def _xattrs(self, untrusted_xattrs: dict[bytes, bytes], kind: int) -> dict[bytes, bytes]:
+    def _xattrs(
+        self, untrusted_xattrs: dict[bytes, bytes], kind: int, path: bytes, place: tuple[int, int]
+    ) -> dict[bytes, bytes]:
         """Return what is kept of a member's attributes; count what honest images carry and we do not keep."""
         kept = {}
         for name, value in untrusted_xattrs.items():
@@ -128,6 +131,9 @@ class Judge:
                 continue
             if name == rules.CAPABILITY:
                 rules.capability_invalid(value, kind)
+                if len(value) != rules.CAPABILITY_2_BYTES:
+                    reason = "a capability of revision 3: a commit will be refused, the helper keeps revision 2"
+                    self._findings.warn(RejectedError(CAPABILITY_ABOVE_HELPER, reason, path, *place))
             kept[name] = value
         if kept:
             rules.xattr_too_large(kept, self._limits)

@@ -43,6 +43,7 @@ _IFMT_OF: Final = {
 }
 
 CAPABILITY: Final = b"security.capability"
+CAPABILITY_2_BYTES: Final = 20  # linux/capability.h, revision 2
 # Attributes of the host that built the image. xattr(7); selinux(8); Linux Documentation/security.
 _DROPPED_XATTRS: Final = (
     b"security.selinux", b"security.ima", b"security.evm", b"security.apparmor", b"security.SMACK64",
@@ -181,5 +182,5 @@ def capability_invalid(value: bytes, kind: int) -> None:
     if kind != FILE:
         raise RejectedError(CAPABILITY_INVALID, f"a file capability on a {TYPE_NAMES[kind]}")
     revision = struct.unpack("<I", value[:4])[0] & 0xFF000000 if len(value) >= 4 else 0
-    if (revision, len(value)) not in ((0x02000000, 20), (0x03000000, 24)):
+    if (revision, len(value)) not in ((0x02000000, CAPABILITY_2_BYTES), (0x03000000, 24)):
         raise RejectedError(CAPABILITY_INVALID, f"{len(value)} bytes of revision {revision >> 24}")

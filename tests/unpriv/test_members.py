@@ -294,6 +294,13 @@ def test_capability_in_the_wrong_place_or_form(value: bytes, members: tuple[byte
     assert check(with_xattr(b"security.capability", value, *members)).rule == rule
 
 
+def test_capability_that_the_helper_cannot_keep_is_said() -> None:
+    third = struct.pack("<IIIIII", 0x03000001, 1, 0, 0, 0, 1000)
+    for value, said in ((CAPABILITY, []), (third, ["capability_above_helper"])):
+        report = check(with_xattr(b"security.capability", value)).report
+        assert [warning["rule"] for warning in report["warnings"]] == said
+
+
 def test_user_attributes_are_kept() -> None:
     assert check(with_xattr(b"user.mime", b"text\0\n")).tree[0]["xattrs"] == {"user.mime": b"text\0\n".hex()}
     assert check(with_xattr(b"user.mime", b"")).tree[0]["xattrs"] == {"user.mime": ""}
