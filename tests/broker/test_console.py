@@ -144,13 +144,13 @@ def test_waiting_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch) -> 
     reporter = console.Reporter()
     reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100)])
     told = (("fetching", 0), ("fetching", 100), ("waiting", 0), ("checking", 100), ("committing", 70), ("ready", 0))
-    for stage, done in told:
-        now_s[0] += 1.0
+    for (stage, done), passed_s in zip(told, (1, 1, 1, 4, 8, 16), strict=True):
+        now_s[0] += passed_s
         reporter.stage("a", stage, done)
     (row,) = reporter.timing()
     assert row == {
-        "layer": "img/1.tar", "waited_s": 2.0, "fetch_s": 2.0, "fetch_bytes": 100, "check_s": 1.0, "check_bytes": 100,
-        "commit_s": 1.0, "commit_bytes": 70,
+        "layer": "img/1.tar", "waited_s": 5.0, "fetch_s": 2.0, "fetch_bytes": 100, "check_s": 8.0, "check_bytes": 100,
+        "commit_s": 16.0, "commit_bytes": 70,
     }  # fmt: skip
 
 
