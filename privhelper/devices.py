@@ -36,8 +36,8 @@ def open_store(policy: Policy) -> Store:
 
 
 def log(level: int, text: str) -> None:
-    """Write one line for the journal; the level is that of syslog(3)."""
-    print(f"<{level}>{text}", file=sys.stderr, flush=True)
+    """Write one line for the journal, with the level of syslog(3), or for a terminal, without."""
+    print(text if sys.stderr.isatty() else f"<{level}>{text}", file=sys.stderr, flush=True)
 
 
 class Devices:

@@ -37,9 +37,7 @@ class ReflinkPool:
         with _discarding(fresh):
             file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                size_bytes = int(options.get("data_bytes") or self._settings["pool_bytes"])
-                claim = os.posix_fallocate if self._settings["preallocate"] else _extend
-                claim(file, 0, size_bytes)
+                self._claim(file, int(options.get("data_bytes") or self._settings["pool_bytes"]))
                 ext4.run([_MKFS, "-q", "-f", "-m", "reflink=1", fresh])
                 self._with_mount(file, self._fill)
                 os.fsync(file)
@@ -89,6 +87,18 @@ class ReflinkPool:
             return [str(error)]
         return []
 
+    def _claim(self, file: int, size_bytes: int) -> None:
+        """Give the file its size, with or without the disk's promise to have it."""
+        if not self._settings["preallocate"]:
+            os.ftruncate(file, size_bytes)
+            return
+        figures = os.statvfs(self._state_dir)
+        free = figures.f_bavail * figures.f_frsize
+        if size_bytes > free:  # asked first: posix_fallocate would fill the disk before it says so
+            text = f"{self._file}: {size_bytes} bytes asked for, {free} free; choose another with --size BYTES"
+            raise StoreError("no_room", text)
+        os.posix_fallocate(file, 0, size_bytes)
+
     def _with_mount(self, file: int, use: Callable[[int], None]) -> None:
         loop, path = loops.attach(file, read_only=False)
         try:
@@ -133,7 +143,3 @@ def _discarding(path: str) -> Iterator[None]:
         if os.path.exists(path):
             os.unlink(path)
         raise
-
-
-def _extend(file: int, offset: int, length: int) -> None:
-    os.ftruncate(file, offset + length)

@@ -14,7 +14,7 @@ from privhelper.answers import Answers
 from privhelper.errors import AnswerError
 from privhelper.ledger import Ledger
 from privhelper.stores.base import POOL_STATES, Store, StoreError
-from tests.privhelper.client import Layer, memfd
+from tests.privhelper.client import Layer, helper_command, memfd
 from tests.privhelper.conftest import MEMBER, OTHER, Installation
 
 pytestmark = pytest.mark.root
@@ -216,6 +216,32 @@ def test_claim_does_not_outlive_its_layer(installation: Installation, sealed: st
     assert ledger.claims(sealed) == set()
     assert not ledger.claim(sealed, OTHER), "what is not there cannot be claimed"
     assert ledger.claims(sealed) == set()
+
+
+def test_pool_that_the_disk_has_no_room_for_is_not_made(tmp_path: Path) -> None:
+    """What was asked, what there is, and how to ask for less; nothing is left behind."""
+    command = helper_command(config_of(tmp_path), "pool", "create", "--size", str(1 << 50))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 73, done.stderr
+    assert f"{1 << 50} bytes asked for, " in done.stderr and "--size" in done.stderr
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_level_is_for_the_journal_alone(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    command = helper_command(config_of(tmp_path), "serve")
+    assert subprocess.run(command, stderr=theirs, check=False).returncode == 2
+    assert os.read(ours, 99).startswith(b"serve wants")
+    assert subprocess.run(command, capture_output=True, check=False).stderr.startswith(b"<3>serve wants")
+    os.close(ours)
+    os.close(theirs)
+
+
+def config_of(folder: Path) -> Path:
+    config = folder / "helper.toml"
+    config.write_text(f'state_dir = "{folder}/state"\n')
+    config.chmod(0o600)
+    return config
 
 
 def test_second_pool_is_not_made(installation: Installation, sealed: str) -> None:
