@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -125,8 +125,25 @@ async def _check_file(layer: _Layer, lower: list[int], all_violations: bool) -> 
         inherited = [*lower, layer.manifest, *(fd for fd in (gate, payload, layer.tree) if fd is not None)]
         verdict = await worker.check(job, blob, inherited, deadline_s=check_deadline_s())
     if isinstance(verdict, protocol.Rejected):
-        raise machines.rejected(layer.name, verdict)
+        error = machines.rejected(layer.name, verdict)
+        if all_violations:
+            error = ImgpullError.of(replace(error.problem, why=_listed(verdict)))
+        raise error
     return verdict
+
+
+def _listed(verdict: protocol.Rejected) -> str:
+    """Return every violation on a line of its own, for people."""
+    lines = []
+    for one in verdict.violations:
+        place = [f"layer {one.layer}"]
+        place += [f"entry {one.entry}"] if one.entry is not None else []
+        place += [f"byte {one.offset}"] if one.offset is not None else []
+        name = f" {one.name}" if one.name is not None else ""
+        lines.append(f"{', '.join(place)}{name}: {one.rule}: {one.reason}")
+    if not verdict.complete:
+        lines.append("and perhaps more: reading could not go on, or the list is full")
+    return "\n".join(lines)
 
 
 def _print_file(descriptor: int) -> None:

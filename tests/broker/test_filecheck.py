@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,16 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImgpullError) as caught:
         run([*files(tmp_path, BASE), str(tmp_path / "none.tar"), *files(tmp_path, BASE)])
     assert caught.value.problem.code == "io-error"
+
+
+def test_all_violations_are_listed_for_people(tmp_path: Path) -> None:
+    bad = tar(member(b"../a"), member(b"ok"), member(b"ok"), member(b"z", kind=b"Z"))
+    with pytest.raises(ImgpullError) as caught:
+        trio.run(partial(filecheck.check, files(tmp_path, bad), with_tree=False, all_violations=True))
+    assert [line.split(": ")[1] for line in caught.value.problem.why.splitlines()[:3]] == [
+        "path_escapes_root",
+        "duplicate_entry",
+        "type_unknown",
+    ]
+    assert caught.value.problem.why.splitlines()[0].startswith("layer 1, entry 1, byte 0 ../a: ")
+    assert caught.value.problem.why.endswith("the list is full")
