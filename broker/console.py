@@ -283,7 +283,8 @@ def print_problem(problem: Problem, as_json: bool) -> None:
             service.tell_problem(problem)
             return
     what, why, advice = problem.lines()
-    print(f"imgpull: {escape(what)}\n  why:  {escape(why)}\n  next: {escape(advice)}", file=sys.stderr)
+    reasons = "\n        ".join(map(escape, why.split("\n")))
+    print(f"imgpull: {escape(what)}\n  why:  {reasons}\n  next: {escape(advice)}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

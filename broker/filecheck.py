@@ -125,10 +125,10 @@ async def _check_file(layer: _Layer, lower: list[int], all_violations: bool) -> 
         inherited = [*lower, layer.manifest, *(fd for fd in (gate, payload, layer.tree) if fd is not None)]
         verdict = await worker.check(job, blob, inherited, deadline_s=check_deadline_s())
     if isinstance(verdict, protocol.Rejected):
-        error = machines.rejected(layer.name, verdict)
+        refusal = machines.rejected(layer.name, verdict)
         if all_violations:
-            error = ImgpullError.of(replace(error.problem, why=_listed(verdict)))
-        raise error
+            refusal = ImgpullError.of(replace(refusal.problem, why=_listed(verdict)))
+        raise refusal
     return verdict
 
 
