@@ -327,6 +327,7 @@ def pool(**arguments: Any) -> None:
 
 
 @imgpull.command(short_help="Look at all that imgpull needs; say how to mend it.")
+@click.option("--repair", is_flag=True, help="First rebuild a damaged, lost or outdated state from what root holds.")
 @click.argument("ref", required=False)
 @s3_options
 @common

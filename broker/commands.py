@@ -721,11 +721,12 @@ def _share(used: int, total: int) -> str:
     return f"{console.size(used)} of {console.size(total)} used{percent}, {console.size(max(0, total - used))} free"
 
 
-def doctor(settings: Settings, *, ref: str | None, as_json: bool) -> int:
-    """Look at everything that imgpull needs."""
+def doctor(settings: Settings, *, ref: str | None, repair: bool, as_json: bool) -> int:
+    """Look at everything that imgpull needs; before that, rebuild the state if that is asked for."""
     from broker import doctor as examination
 
-    findings = examination.examine(settings, Reference.parse(ref) if ref else None)
+    findings = examination.rebuild(settings) if repair else []
+    findings += examination.examine(settings, Reference.parse(ref) if ref else None)
     if as_json:
         _print_json([f.to_json() for f in findings])
     else:

@@ -8,12 +8,13 @@ import ctypes
 import ctypes.util
 import errno
 import grp
+import json
 import os
 import pwd
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ def examine(settings: Settings, reference: Reference | None = None) -> list[Find
         _sandbox,
         _libraries,
         _state,
+        _quarantined,
         _units,
         _door,
         _helper,
@@ -67,6 +69,14 @@ def examine(settings: Settings, reference: Reference | None = None) -> list[Find
     for look in examinations:
         findings += look(settings)
     return findings
+
+
+def rebuild(settings: Settings) -> list[Finding]:
+    """Rebuild a state that cannot be trusted. Returns: what was done. Raises: ImgpullError where it cannot be done."""
+    from broker import repair, work
+
+    told = work.run(partial(repair.repair, settings))
+    return [Finding("ok", "repair", sentence) for sentence in told]
 
 
 def _kernel(_: Settings) -> Iterator[Finding]:
@@ -121,25 +131,44 @@ def _state(settings: Settings) -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free
         level: Verdict = "ok" if free > 4 << 30 else "warn"
         yield Finding(level, subject, f"{folder}, {console.size(free)} free", "a large image needs several GB")
-    if paths.database.exists():
-        yield _integrity(paths)
+    yield _integrity(paths)
 
 
 def _integrity(paths: Paths) -> Finding:
+    from broker.repair import complaint
+
     try:
-        connection = store.open_readonly(paths.database)
-        assert connection is not None
-        with connection:
-            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            count = len(store.images(connection))
-        connection.close()
-    except sqlite3.DatabaseError as error:
-        verdict, count = str(error), 0
-    if verdict != "ok":
-        return Finding(
-            "fail", "database", f"damaged: {verdict}", f"move {paths.database} away; no image is lost with it"
-        )
-    return Finding("ok", "database", f"sound, {count} images")
+        why = complaint(paths)
+    except ImgpullError as error:
+        return Finding("fail", "database", error.problem.why, "see what made it; move it away if nothing needs it")
+    if why is not None:
+        return Finding("fail", "database", f"not to be trusted: {why}", "`imgpull doctor --repair`; no image is lost")
+    connection = store.open_readonly(paths.database)
+    if connection is None:
+        return Finding("ok", "database", "none yet")
+    with closing(connection):
+        return Finding("ok", "database", f"sound, {len(store.images(connection))} images")
+
+
+QUARANTINED: Final = """
+    SELECT id, machine, key, ending FROM run WHERE outcome = 'quarantined' AND NOT EXISTS (
+        SELECT 1 FROM run AS later WHERE later.machine = run.machine AND later.key = run.key AND later.seq > run.seq)
+     ORDER BY seq"""
+
+
+def _quarantined(settings: Settings) -> Iterator[Finding]:
+    """Name the runs that this program cannot go on with and that nothing has replaced, and what to do instead."""
+    from broker import work
+
+    try:
+        with work.looking(settings) as lookup:
+            runs = store.query(lookup.db, QUARANTINED) if lookup is not None else []
+    except ImgpullError:
+        return  # the state's own finding tells it
+    for run in runs:
+        text = f"run {run['id']}, {run['machine']} of {run['key'].strip()}: {json.loads(run['ending'])['reason']}"
+        remedy = "give the same command again: it starts anew and finds what is done already"
+        yield Finding("warn", "quarantined", text, remedy)
 
 
 def _units(_: Settings) -> Iterator[Finding]:

@@ -74,8 +74,8 @@ CATALOGUE: Final[dict[str, Kind]] = {
     ),
     "state-damaged": Kind(
         74,
-        "The state database is damaged, foreign or newer than this program.",
-        "move it away: images are not lost, the next pull finds their layers again",
+        "The state database is damaged, lost, an older copy, foreign, or newer than this program.",
+        "`imgpull doctor --repair` rebuilds it: no image is lost",
     ),
     "busy": Kind(75, "Somebody else holds what is needed, or it is in use.", "try again", retryable=True),
     "object-changed": Kind(

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import trio
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker import filesystem, pins, protocol, reference, store, worker
+from broker import filesystem, imagefile, pins, protocol, reference, store, worker
 from broker.app import App, nameless_file, publish, sealed_copy
 from broker.console import escape
 from broker.console import size as size_text
@@ -527,7 +527,12 @@ async def pull_layers(run: Run[PullRequest]) -> Layers:
         (s.number, s.pin.key, s.pin.etag, s.pin.version or "", s.pin.size, s.media, blob.digest, committed.layer)
         for s, (blob, committed) in zip(resolved.layers, ordered, strict=True)
     ]
-    run.on_commit(lambda db: store.record_image(db, asked.ref, asked.source, rows, layers[-1]))
+
+    def record(db: Any) -> None:
+        store.record_image(db, asked.ref, asked.source, rows, layers[-1])
+        imagefile.publish(app.paths.image_dir, db, asked.ref, asked.source)
+
+    run.on_commit(record)
     return Layers(
         layers=layers,
         transferred=sum(blob.transferred for blob, _ in ordered),
@@ -769,6 +774,7 @@ async def forget(run: Run[RemoveRequest]) -> None:
         for name in stale:
             store.forget_activation(db, name)
         store.forget_image(db, image.id)
+        imagefile.withdraw(app.paths.image_dir, asked.ref, asked.endpoint)
 
     run.on_commit(write)
 

@@ -5,8 +5,9 @@ Rule 2: this is the user's own record. The truth about devices is the helper's a
         mended, and losing this file loses no image.
 Rule 3: a row is written in the transaction that completes the step which earned it (broker/machine.py).
 
-Files: ``<state>/imgpull.db``, ``<state>/manifests/<hex>.jsonl``, ``<cache>/blobs/sha256/<hex>`` (published by the
-fetcher), ``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a compressed blob, between check and commit).
+Files: ``<state>/imgpull.db``, ``<state>/manifests/<hex>.jsonl``, ``<state>/images/`` (broker/imagefile.py),
+``<cache>/blobs/sha256/<hex>`` (published by the fetcher), ``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a
+compressed blob, between check and commit).
 """
 
 import hashlib
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from broker import imagefile
+from broker.errors import ImgpullError
 from broker.settings import Settings
 
 MIGRATIONS: Final = (
@@ -137,6 +140,11 @@ class Paths:
         """A published blob."""
         return self.blob_dir / "sha256" / digest.removeprefix("sha256:")
 
+    @property
+    def image_dir(self) -> Path:
+        """The images' records."""
+        return self.state / "images"
+
     def manifest(self, layer: str) -> Path:
         """A layer's manifest."""
         return self.state / "manifests" / f"{layer.removeprefix('sha256:')}.jsonl"
@@ -205,15 +213,41 @@ class ActivationRow:
 
 
 def open_readonly(database: Path) -> sqlite3.Connection | None:
-    """Open the state for looking only; None where there is none yet.
+    """Open the state for looking only, checked against the images' records; None where there is none yet.
 
     The file is opened for writing all the same: only so can SQLite roll back the journal that a crash left behind.
+
+    Raises: ImgpullError `state-damaged`.
     """
+    folder = database.parent / "images"
     if not database.exists():
+        if imagefile.files(folder):
+            raise damaged(f"{database} is gone, and images were pulled here")
         return None
-    connection = sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True, timeout=5.0, isolation_level=None)
-    connection.execute("PRAGMA query_only=1")
-    return connection
+    connection = None
+    try:
+        connection = sqlite3.connect(
+            f"file:{quote(str(database))}?mode=rw", uri=True, timeout=5.0, isolation_level=None
+        )
+        connection.execute("PRAGMA query_only=1")
+        ours = connection.execute("PRAGMA user_version").fetchone()[0] >= 1 + len(MIGRATIONS)
+        found = imagefile.disagreement(folder, connection) if ours else None
+    except sqlite3.DatabaseError as error:
+        if connection is not None:
+            connection.close()
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise ImgpullError("busy", "the state database is locked", str(error)) from error
+        raise damaged(f"{database}: {error}") from error
+    if found is not None or not ours:
+        connection.close()
+    if found is not None:
+        raise damaged(f"{database}: {found}")
+    return connection if ours else None
+
+
+def damaged(why: str) -> ImgpullError:
+    """Return the error for a state that cannot be trusted."""
+    return ImgpullError("state-damaged", "the state database cannot be used", why)
 
 
 def query(db: sqlite3.Connection, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:

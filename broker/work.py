@@ -82,6 +82,8 @@ async def opened(
     settings: Settings, report: Reporter, resume: Literal["all", "related"] = "related"
 ) -> AsyncGenerator[tuple[App, Engine], None]:
     """Open the app and the engine, and heed signals, for as long as the block lasts."""
+    if (state := store.open_readonly(Paths.of(settings).database)) is not None:  # it refuses what is not to be trusted
+        state.close()
     try:
         async with (
             running(settings, report) as app,

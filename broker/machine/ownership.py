@@ -57,15 +57,19 @@ class Ownership:
         self._held.add(seq)
         return True
 
+    def take_all(self) -> bool:
+        """Try to become the owner of every run there is and will be; False if any process works at one."""
+        return self._lock(fcntl.F_WRLCK, 0, 0)
+
     def give(self, seq: int) -> None:
         """Stop being the owner."""
         if seq in self._held:
             self._held.discard(seq)
             self._lock(fcntl.F_UNLCK, seq)
 
-    def _lock(self, kind: int, seq: int) -> bool:
+    def _lock(self, kind: int, start: int, length: int = 1) -> bool:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, seq, 1, 0))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False

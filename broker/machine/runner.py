@@ -70,6 +70,8 @@ class Active:
         """Bring the run to its end, or leave it in good order when the engine stops."""
         try:
             with self.scope:
+                with self.rest():
+                    await self.engine.opened.wait()
                 if not self._ends:
                     await self._admit()
                     await self._live()
@@ -87,7 +89,6 @@ class Active:
 
     async def _admit(self) -> None:
         with self.rest():
-            await self.engine.opened.wait()
             for run_id, policy in self._after:
                 outcome = await self.engine.await_run(run_id, needed=True, waiter=self, follow=True)
                 if policy == "success" and not outcome.ok:
@@ -285,7 +286,7 @@ class Active:
             ending = self.row.ending
             if ending is None and self.row.cancel_cause is not None:
                 ending = Ending("cancelled", "cancelled", self.row.cancel_cause, step=self.row.step)
-            if ending is None:
+            if ending is None or not self.engine.opened.is_set():
                 await self._commit("park", lambda entry: ledger.park(entry, self.row))
             else:
                 await self._finish(ending)

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from broker import helper, protocol, pull, store, work, worker
+from broker import helper, imagefile, protocol, pull, store, work, worker
 from broker import settings as user_settings
 from broker.app import App, running
 from broker.console import Reporter
@@ -363,12 +363,9 @@ class Lives(RuleBasedStateMachine):
             assert files <= rows, "manifests of nothing"
         if not active:
             assert list((self.paths.cache / "payloads").iterdir()) == []
-        assert {p.name for p in self.paths.state.iterdir()} <= {
-            "imgpull.db",
-            "imgpull.db-owners",
-            "imgpull.db-journal",
-            "manifests",
-        }
+        names = {path.name for path in self.paths.state.iterdir()}
+        assert names <= {"imgpull.db", "imgpull.db-owners", "imgpull.db-journal", "manifests", "images"}
+        assert imagefile.disagreement(self.paths.image_dir, db) is None
 
     def check_answers(self, db: sqlite3.Connection) -> None:
         """What a command said holds, if nothing else was done beside it or after it."""

@@ -61,7 +61,7 @@ class World:
         return cache + [
             p
             for p in self.paths.state.rglob("*")
-            if p.is_file() and p.suffix not in (".jsonl", ".db", ".db-owners", "")
+            if p.is_file() and p.suffix not in (".jsonl", ".json", ".db", ".db-owners", "")
         ]
 
     def query(self, sql: str) -> list[Any]:
