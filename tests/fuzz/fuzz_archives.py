@@ -107,7 +107,7 @@ def judge(chance: random.Random, media: str, data: bytes, lowers: list[bytes]) -
                 assert rulebook.load()[violation["rule"]]["kind"] == "refuse"
             return str(report["violations"][0]["rule"]), data
         assert len(payload) <= max(TIGHT.stream.ratio_floor_bytes, TIGHT.stream.ratio * len(data))
-        _expect_root_to_agree(manifest)
+        expect_root_to_agree(manifest)
         _expect_tarfile_to_agree(payload, report)
     except BaseException:
         Path("fuzz-failure.bin").write_bytes(data)
@@ -115,7 +115,7 @@ def judge(chance: random.Random, media: str, data: bytes, lowers: list[bytes]) -
     return "accepted", data
 
 
-def _expect_root_to_agree(manifest: bytes) -> None:
+def expect_root_to_agree(manifest: bytes) -> None:
     head, *lines = manifest.splitlines(keepends=True)
     assert b'"format":"imgpull.layer/1"' in head
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,5 @@
-"""Invariant tested: any bytes as a lower layer's manifest are replayed or refused by `lower_manifest_invalid`; and what
-is replayed can be listed.
+"""Invariant tested: any bytes as a lower layer's manifest are replayed or refused by `lower_manifest_invalid`; what is
+replayed can be listed, and root's own parser takes it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import random
 from functools import cache
 from pathlib import Path
 
-from tests.fuzz.fuzz_archives import BASE, UPPER, checked
+from tests.fuzz.fuzz_archives import BASE, UPPER, checked, expect_root_to_agree
 from unpriv import listing
 from unpriv.blob import MemoryBlob
 from unpriv.lower import Lower
@@ -75,6 +75,8 @@ def one_round(chance: random.Random) -> tuple[str, bytes]:
             lower.add(MemoryBlob(layer))
         for row in listing.rows(lower):
             assert row.endswith("\n")
+        for layer in layers:
+            expect_root_to_agree(layer)
     except RejectedError as error:
         assert error.rule == "lower_manifest_invalid"
         return error.rule, layers[which]
