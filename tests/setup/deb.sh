@@ -1,7 +1,7 @@
 #!/bin/bash
 # Build the Debian package into dist/: tests/setup/deb.sh PYTHON. Prints its path; LINTIAN=1 also asks lintian(1).
 #
-# Rule 1: it is built from a copy of the tree, as any user; the tree is left as it is.
+# Rule 1: it is built from a copy of the tree, with tests/setup/debian as its debian/, as any user; the tree stays as it is.
 # Rule 2: PYTHON has pip and the pinned build tools: that of .venv.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,12 +13,13 @@ scratch=$(mktemp -d /var/tmp/imgpull-deb-XXXXXX)
 trap 'rm -rf "$scratch"' EXIT
 tree=$scratch/imgpull
 mkdir "$tree"
-tar -c --exclude=__pycache__ --exclude=debian/imgpull broker unpriv privhelper policy debian pyproject.toml \
-    constraints.txt README.md SECURITY.md CHANGELOG.md LICENSE | tar -x -C "$tree"
+tar -c --exclude=__pycache__ broker unpriv privhelper policy pyproject.toml constraints.txt README.md SECURITY.md \
+    CHANGELOG.md LICENSE | tar -x -C "$tree"
+cp -R tests/setup/debian "$tree/debian"
 (cd "$tree" && PYTHON=$python dpkg-buildpackage --build=binary --unsigned-changes --no-check-builddeps >"$scratch/log" 2>&1) ||
     { cat "$scratch/log" >&2; exit 1; }
 mkdir -p dist
 package=$(basename "$scratch"/imgpull_*.deb)
 cp "$scratch/$package" dist/
 echo "dist/$package"
-if [[ -n ${LINTIAN:-} ]]; then lintian --no-tag-display-limit --fail-on error,warning "$scratch"/imgpull_*.changes; fi
+if [[ -n ${LINTIAN:-} ]]; then lintian --tag-display-limit 0 --fail-on error,warning "$scratch"/imgpull_*.changes; fi

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-RULES: Final = (ROOT / "debian/rules").read_text(encoding="utf-8")
-CONTROL: Final = (ROOT / "debian/control").read_text(encoding="utf-8")
+DEBIAN: Final = Path(__file__).resolve().parent / "debian"
+RULES: Final = (DEBIAN / "rules").read_text(encoding="utf-8")
+CONTROL: Final = (DEBIAN / "control").read_text(encoding="utf-8")
 PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_version_is_the_projects() -> None:
-    head = (ROOT / "debian/changelog").read_text(encoding="utf-8").splitlines()[0]
+    head = (DEBIAN / "changelog").read_text(encoding="utf-8").splitlines()[0]
     assert f"imgpull ({PROJECT['project']['version']}) " in head
 
 
