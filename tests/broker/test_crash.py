@@ -40,9 +40,22 @@ def in_child(
 
     The workers are inside the process, or `programs`.
     """
+    pid = child(world, words, point, programs=programs)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def child(
+    world: World,
+    words: list[str],
+    point: Callable[[str], None] | None = None,
+    *,
+    programs: bool = False,
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Start one command in a forked process, after `before` in it; return its number."""
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     try:
         signal.alarm(60)  # a run that hangs dies as SIGALRM and fails its test
         if point is not None:
@@ -53,6 +66,7 @@ def in_child(
             for path in (world.bucket / "images").rglob("*.*"):
                 around.put(str(path.relative_to(world.bucket)), path.read_bytes())
             worker.check, worker.fetcher = around.check, around.fetcher  # type: ignore[assignment]
+        before()
         code, out, err = world.run(*words)
         (world.folder / "last").write_text(out + err)
         os._exit(code)
