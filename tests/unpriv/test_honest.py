@@ -215,7 +215,7 @@ def test_docker_save_style_layer() -> None:
     )
     result = check(layer)
     assert result.accepted, result.report
-    assert result.report["dropped"] == {"time_dropped": 2, "whiteout_without_target": 1}
+    assert result.report["dropped"] == {"id_above_helper": 2, "time_dropped": 2, "whiteout_without_target": 1}
     rows = result.paths()
     assert rows["bin/ping"]["xattrs"] == {"security.capability": capability.hex()}
     assert rows["bin/t"]["mtime_ns"] == 123_456_789
