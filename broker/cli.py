@@ -309,12 +309,12 @@ def rm(**arguments: Any) -> None:
 @imgpull.command(short_help="Check tarballs by the rules alone: no S3, no root.")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--manifest", is_flag=True, help="Print the merged tree, one JSON object a line.")
-@click.option("--all", "all_violations", is_flag=True, help="List every violation, not only the first.")
+@click.option("--all/--first", "all_violations", default=True, help="List every violation, or stop at the first.")
 @common
 def check(**arguments: Any) -> None:
     """Check tarballs FILES as layers 1, 2, … of one image: no S3, no root, no store.
 
-    Ends with 0 if they are accepted and 65 if they are refused.
+    Ends with 0 if they are accepted and 65 if they are refused; every violation is listed with its rule and place.
     """
     _run("check", **arguments)
 
