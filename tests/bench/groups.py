@@ -21,6 +21,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from tests.bench import ours, rivals, shapes
+from tests.bench import ready as among_runs
 from tests.bench.harness import Case, Group, just, run
 from tests.servers import swift
 from tests.support.helper import Helper, running_helper
@@ -193,6 +194,7 @@ def ready(bench: Bench) -> list[Group]:
     ]
     return [
         Group("ready image", again, goal="0.15 s of CPU"),
+        among_runs.group(),
         Group("helper connections", devices, goal="20 activations in 1 s more"),
     ]
 
