@@ -140,7 +140,7 @@ def test_total_counts_layers_that_are_fetched_already(monkeypatch: pytest.Monkey
 
 def test_waiting_is_told_apart_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr("broker.console.time.monotonic", lambda: now_s[0])
     reporter = console.Reporter()
     reporter.begin("s3://bucket/img", [("a", "img/1.tar", 100)])
     told = (("fetching", 0), ("fetching", 100), ("waiting", 0), ("checking", 100), ("committing", 70), ("ready", 0))

@@ -69,11 +69,11 @@ def test_drop_in_that_changes_a_unit_is_named(world: World, units: Path, tmp_pat
 def test_group_that_this_session_lacks_is_told(
     members: list[str], remedy: str, world: World, units: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.os, "geteuid", lambda: 12345)
-    monkeypatch.setattr(doctor.os, "getgroups", lambda: [12345])
-    monkeypatch.setattr(doctor.os, "getegid", lambda: 12345)
-    monkeypatch.setattr(doctor.pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me"))
-    monkeypatch.setattr(doctor.grp, "getgrgid", lambda gid: grp.struct_group(("imgpull", "x", gid, members)))
+    monkeypatch.setattr("broker.doctor.os.geteuid", lambda: 12345)
+    monkeypatch.setattr("broker.doctor.os.getgroups", lambda: [12345])
+    monkeypatch.setattr("broker.doctor.os.getegid", lambda: 12345)
+    monkeypatch.setattr("broker.doctor.pwd.getpwuid", lambda _: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr("broker.doctor.grp.getgrgid", lambda gid: grp.struct_group(("imgpull", "x", gid, members)))
     found = findings(world)["group"]
     assert (found["verdict"], remedy in found["remedy"]) == ("fail", True)
 
