@@ -51,7 +51,7 @@ def test_every_case_runs_once_a_round_in_turn() -> None:
 
 
 EVENTS: list[dict[str, Any]] = [
-    {"type": "begin", "time": 100.0},
+    {"type": "begin", "time": 100.0, "layers": [{"layer": "<2>"}, {"layer": "1"}]},
     {"type": "stage", "time": 100.0, "layer": "1", "stage": "fetching"},
     {"type": "stage", "time": 101.0, "layer": "1", "stage": "checking"},
     {"type": "stage", "time": 101.5, "layer": "<2>", "stage": "fetching"},
@@ -70,7 +70,8 @@ def test_bars_of_a_timeline() -> None:
     ]
     picture = timeline.svg(EVENTS, "a & b")
     assert picture.count("<rect") == 1 + len(timeline.COLOURS) + 4
-    assert "&lt;2&gt;" in picture and "a &amp; b" in picture
+    assert picture.index(">&lt;2&gt;<") < picture.index(">1<"), "lowest first, whichever began first"
+    assert "a &amp; b" in picture
 
 
 def test_drift_is_told_against_the_median_of_the_kept_runs(tmp_path: Path) -> None:
