@@ -773,6 +773,8 @@ async def forget(run: Run[RemoveRequest]) -> None:
     def write(db: Any) -> None:
         for name in stale:
             store.forget_activation(db, name)
+        if store.activations(db, image.id):
+            raise Retry("a device of it was given out just now")
         store.forget_image(db, image.id)
         imagefile.withdraw(app.paths.image_dir, asked.ref, asked.endpoint)
 
