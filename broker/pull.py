@@ -115,6 +115,9 @@ class Committed(Model):
     reused: bool
 
 
+STAGES = {"fetch": "fetching", "check": "checking", "commit": "committing"}  # what a layer's step is on the screen
+
+
 def label(key: str) -> str:
     """Return a layer's name on the screen: the last two words of its key."""
     return "/".join(key.split("/")[-2:])

@@ -45,6 +45,7 @@ from broker.store import Image, Paths
 T = TypeVar("T")
 GRACE_S: Final = 3600.0  # a step at work is waited for; the second signal cuts it
 HOOKS = Hooks()  # a test puts its crash points here
+WATCH_S: Final = 0.5  # how often the work of other processes is looked at
 CHANGED_RETRIES: Final = 3  # pulls of an object that changes while it is fetched
 
 
@@ -118,20 +119,51 @@ async def _heed_signals(engine: Engine, report: Reporter) -> None:
                 nursery.start_soon(partial(engine.shutdown, grace_s=GRACE_S))
 
 
-async def _do(engine: Engine, machine: Machine[Any], key: str, request: Any) -> Outcome:
-    """Start a run, or join the one at work, and wait for its end.
+async def _do(
+    engine: Engine,
+    machine: Machine[Any],
+    key: str,
+    request: Any,
+    watch: Callable[[str], Awaitable[None]] | None = None,
+) -> Outcome:
+    """Start a run, or join the one at work, and wait for its end; ``watch`` looks at it meanwhile.
 
     Raises: ImgpullError with what the run ended with.
     """
     while True:
         started = await engine.start(machine, key, request)
-        outcome = await engine.wait(started.id)
+        async with trio.open_nursery() as nursery:
+            if watch is not None:
+                nursery.start_soon(watch, started.id)
+            outcome = await engine.wait(started.id)
+            nursery.cancel_scope.cancel()
         if started.same_request:
             break
         # Somebody else's run of the same key asked for something else, such as another name: ours comes after it.
     if not outcome.ok:
         raise ImgpullError.of(machines.problem_of(outcome))
     return outcome
+
+
+async def _show_others(app: App, title: str, run_id: str) -> None:
+    """Show how far the layers of a pull are that another process works at; its own process shows the bytes."""
+    lookup, works_at = app.engine.lookup, app.engine.works_at
+    told: set[str] = set()
+    while True:
+        layers = await app.read(lambda _: lookup.children(lookup.run(run_id)))
+        theirs = [layer for layer in layers if layer.active and not works_at(layer.id)]
+        if (theirs or not works_at(run_id)) and run_id not in told:
+            app.report.notice("another imgpull works at this: its steps are shown, and taken over if it dies")
+        if not works_at(run_id) and {layer.key for layer in layers} - told:
+            known = [(layer.key, machines.LayerRequest.model_validate_json(layer.request).pin) for layer in layers]
+            app.report.begin(title, [(key, machines.label(pin.key), pin.size) for key, pin in known])
+        for layer in theirs if works_at(run_id) else layers:
+            told.add(layer.key)
+            stage = machines.STAGES.get(layer.step, "waiting") if layer.active else "ready"
+            app.report.stage(layer.key, stage if layer.outcome in (None, "done") else "failed")
+        if theirs or not works_at(run_id):
+            told.add(run_id)
+        await trio.sleep(WATCH_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +212,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         old = await app.read(store.image_layers, before.id) if before else []
         key = store.pull_key(request.ref, request.source)
         _tell_of_the_interrupted(engine, report, key)
-        outcome = await _do(engine, machines.PULL, key, request)
+        outcome = await _do(engine, machines.PULL, key, request, partial(_show_others, app, request.ref))
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
         resolved = outcome.result("resolve", machines.Resolved)

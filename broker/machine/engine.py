@@ -83,6 +83,10 @@ class Engine:
         """Give the time by the wall clock, for people and for persisted dates."""
         return int(self._clock() * 1000)
 
+    def works_at(self, run_id: str) -> bool:
+        """Say whether a run is at work in this very engine."""
+        return any(active.row.id == run_id for active in self._active.values())
+
     # -- starting
 
     async def start(
