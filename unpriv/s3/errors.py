@@ -184,9 +184,8 @@ def _translate_reply(error: Any, doing: str) -> FetchError:
     hint = HINTS.get(meaning, "")
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         hint = "this machine's clock differs from the server's"
-    return FetchError(
-        meaning, f"cannot {doing}: {'; '.join(dict.fromkeys(t for t in (hint, said, code) if t))}", retryable=meaning == "changed"
-    )
+    told = "; ".join(dict.fromkeys(text for text in (hint, said, code) if text))
+    return FetchError(meaning, f"cannot {doing}: {told}", retryable=meaning == "changed")
 
 
 def _retry_after_s(untrusted: dict[str, Any]) -> float | None:
