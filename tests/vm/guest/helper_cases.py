@@ -210,7 +210,7 @@ def eat(device: str, start: int, length: int) -> None:
     """Write to a device, a MiB at a time, each on disk before the next; until the pool is full if there is no end."""
     with contextlib.suppress(OSError), open(device, "r+b", buffering=0) as eater:
         for offset in range(start, start + length, MIB):
-            os.pwrite(eater.fileno(), b"\xa5" * MIB, offset)
+            os.pwrite(eater.fileno(), b"\xa5" * min(MIB, length), offset)
             os.fdatasync(eater.fileno())
 
 
@@ -315,7 +315,7 @@ def case_a_data_error_under_a_commit_dooms_only_that_layer() -> None:
 
 
 def case_metadata_that_runs_out_refuses_before_the_pool_breaks() -> None:
-    """Each device takes a block of metadata, however little it holds."""
+    """Each device that differs from its origin takes a block of metadata, however little it holds."""
     with pool(metadata_bytes=512 << 10):
         kept = base_layer()
         commit(kept)
@@ -327,6 +327,7 @@ def case_metadata_that_runs_out_refuses_before_the_pool_breaks() -> None:
                 if answer["type"] == "error":
                     break
                 names.append(f"n{len(names)}")
+                eat(answer["device"], 200 * MIB, 1)
             assert answer["code"] == "no_room" and answer["figures"]["free_metadata_bytes"] < 4096, answer
             refused = commit_by(helper, upper_layer(kept.id(), "more"))
             assert refused["code"] == "no_room", refused
