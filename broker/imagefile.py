@@ -72,14 +72,23 @@ def publish(folder: Path, db: sqlite3.Connection, ref: str, endpoint: str) -> No
     data = encode(db, *row.fetchone())
     folder.mkdir(mode=0o700, exist_ok=True)
     path = path_of(folder, ref, endpoint)
-    fresh = path.with_suffix(".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    before = path.read_bytes() if path.exists() else None
+    _write(path.with_suffix(".new"), data)
+    path.with_suffix(".new").rename(path)
+    try:
+        _sync(folder)
+    except OSError:
+        # The transaction fails with this, and the file must be as its rows will be again.
+        path.unlink() if before is None else _write(path, before)
+        raise
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    fresh.rename(path)
-    _sync(folder)
 
 
 def withdraw(folder: Path, ref: str, endpoint: str) -> None:
@@ -89,6 +98,9 @@ def withdraw(folder: Path, ref: str, endpoint: str) -> None:
         path.with_suffix(".new").unlink()
     with suppress(FileNotFoundError):
         path.unlink()
+    # A failure here does not bring the file back, so it must not bring back the rows either. After a power cut the file
+    # may be there again; that is told, and mended, as an older copy is.
+    with suppress(OSError):
         _sync(folder)
 
 

@@ -68,7 +68,12 @@ def problem_of(outcome: Outcome) -> Problem:
     if outcome.kind == "cancelled":
         return Problem("interrupted", f"cancelled: {outcome.reason or 'no cause given'}")
     if outcome.kind == "quarantined":
-        return Problem("state-damaged", "the run was started by another version of this program", outcome.reason or "")
+        return Problem(
+            "state-damaged",
+            "the run is of another version of this program, or its row is damaged",
+            outcome.reason or "",
+            "give the same command again: it starts anew and finds what is done already",
+        )
     return Problem("bug", outcome.sentence, outcome.error_kind or "")
 
 
@@ -871,6 +876,7 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
         chosen.append((digest, files[digest].st_size))
     if dry_run:
         return chosen
+    await _drop_payloads(app)
     for digest, _ in chosen:
         app.paths.blob(digest).unlink(missing_ok=True)
     gone = used_ms.keys() - files.keys() | {digest for digest, _ in chosen}
@@ -879,6 +885,16 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
             for digest in gone:
                 store.forget_blob(db, digest)
     return chosen
+
+
+async def _drop_payloads(app: App) -> None:
+    """Remove the uncompressed tars of layers that are not at work any more; their own end could not."""
+    left = _entries(app.paths.cache / "payloads")
+    at_work = await _blobs_in_use(app) if left else set()
+    for entry in left:
+        if f"sha256:{entry.name.removesuffix('.tar')}" not in at_work:
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
 
 
 async def _blobs_in_use(app: App) -> set[str]:

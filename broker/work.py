@@ -36,6 +36,7 @@ from broker.machine import (
     UnknownRunError,
     open_engine,
     open_lookup,
+    problems,
 )
 from broker.machine.signals import leaves
 from broker.reference import Reference
@@ -364,6 +365,9 @@ def verify(settings: Settings, images: list[Image]) -> list[dict[str, Any]]:
 
     async def work() -> list[dict[str, Any]]:
         findings: list[dict[str, Any]] = []
+        with looking(settings) as lookup:
+            if lookup is not None and (found := problems(lookup)):
+                raise store.damaged("; ".join(found[:3]))
         connection = store.open_readonly(Paths.of(settings).database)
         if connection is None:
             return findings
