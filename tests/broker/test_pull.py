@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -10,6 +11,7 @@ import pytest
 
 from broker import commands, settings, worker
 from broker.errors import ImgpullError
+from tests.broker.fake_helper import OTHER_UID, UID
 from tests.support.world import World
 
 REF = "s3://bucket/images/one"
@@ -320,3 +322,26 @@ def test_find_image_that_means_several_is_a_usage_error(world: World) -> None:
     world.run("pull", "s3://bucket/other/one", "--no-activate")
     with pytest.raises(ImgpullError, match="means 2 images"):
         commands.find_image(settings.load({}, world.environ), "one")
+
+
+def test_payload_that_could_not_be_removed_goes_with_the_next_pull(world: World) -> None:
+    world.put("one", b"a", suffix=".tar.gz")
+    world.run("pull", REF, "--no-activate")
+    left = world.paths.payload("sha256:" + "a" * 64)
+    left.write_bytes(b"left")
+    world.put("two", b"b")
+    assert world.run("pull", "s3://bucket/images/two", "--no-activate")[0] == 0
+    assert not left.exists()
+
+
+def test_layer_of_somebody_else_is_claimed_before_it_is_built_upon(world: World) -> None:
+    world.put("one", b"a")
+    world.run("pull", REF, "--no-activate")
+    (layer,) = world.helper.layers
+    world.helper.claims[layer] = {OTHER_UID}
+    world.paths.database.unlink()
+    shutil.rmtree(world.paths.image_dir)
+    assert world.run("pull", REF, "--no-activate")[0] == 0
+    assert world.helper.claims[layer] == {OTHER_UID, UID}
+    world.helper.on_remove({"layer": layer}, [], OTHER_UID)
+    assert layer in world.helper.layers

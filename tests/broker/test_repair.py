@@ -21,7 +21,7 @@ from tests.broker.test_crash import die_at, in_child, points_of
 from tests.support.world import World
 
 ONE, TWO = "s3://bucket/images/one", "s3://bucket/images/two"
-FLIPS = int(os.environ.get("IMGPULL_DAMAGE_CASES", "60"))
+FLIPS = int(os.environ.get("IMGPULL_DAMAGE_CASES", "25"))
 DAMAGED = 74
 
 
@@ -238,3 +238,54 @@ def test_kill_in_the_middle_of_a_repair_leaves_it_to_the_next(pulled: World, mon
         mend(pulled)
         assert answers(pulled) == before
         assert list(pulled.paths.state.glob("rebuilt-*")) == []
+
+
+def test_failed_sync_of_a_record_leaves_record_and_rows_alike(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.put("one", b"a")
+
+    def broken(folder: Path) -> None:
+        raise OSError(5, "Input/output error", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefile, "_sync", broken)
+        assert world.run("pull", ONE, "--no-activate")[0] == DAMAGED
+    assert answers(world)["images"] == []
+    assert world.run("pull", ONE, "--no-activate")[0] == 0
+    world.put("one", b"b")
+    before = answers(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefile, "_sync", broken)
+        assert world.run("pull", ONE, "--no-activate", "--refresh")[0] == DAMAGED
+    assert answers(world) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefile, "_sync", broken)
+        assert world.run("rm", "one")[0] == 0
+    assert answers(world)["images"] == []
+
+
+def test_verify_and_doctor_tell_what_the_state_machine_finds(pulled: World) -> None:
+    with closing(sqlite3.connect(pulled.paths.database)) as db:
+        db.execute("DROP TRIGGER run_finished_is_final")
+        db.execute("UPDATE run SET queue = 'other' WHERE machine = 'pull'")
+        db.commit()
+    assert pulled.run("verify")[0] == DAMAGED
+    found = {f["subject"]: f for f in json.loads(pulled.run("doctor", "--json")[1])}
+    assert found["database"]["verdict"] == "fail"
+    assert "doctor --repair" in found["database"]["remedy"]
+
+
+def test_run_of_another_definition_is_named_with_the_way_out(world: World) -> None:
+    world.put("one", b"a")
+    assert in_child(world, ["pull", ONE, "--no-activate"], die_at(6)) == -9
+    with closing(sqlite3.connect(world.paths.database)) as db:
+        (trigger,) = db.execute("SELECT sql FROM sqlite_schema WHERE name = 'run_request_is_frozen'").fetchone()
+        db.execute("DROP TRIGGER run_request_is_frozen")
+        db.execute("UPDATE run SET definition = 'of another version' WHERE machine = 'pull'")
+        db.execute(trigger)
+        db.commit()
+    world.run("resume")
+    found = [f for f in json.loads(world.run("doctor", "--json")[1]) if f["subject"] == "quarantined"]
+    assert [f["verdict"] for f in found] == ["warn"]
+    assert "same command again" in found[0]["remedy"]
+    assert world.run("pull", ONE, "--no-activate")[0] == 0
+    assert "quarantined" not in world.run("doctor")[1]
