@@ -112,7 +112,7 @@ class Lives(RuleBasedStateMachine):
         trio._core._run._r = random.Random(number)  # the order in which tasks go on: the same each time
         self.around = Surroundings(self.folder, self.rng)
         self.around.point = lambda name: alive.get()(name)
-        self.beside = True
+        self.beside = self.was_active = True
         self.answers: list[tuple[tuple[Any, ...], Any]] = []  # of what was done to its end in the last life
         self.settings = user_settings.load({}, {"HOME": str(self.folder)})
         self.paths = store.Paths.of(self.settings)
@@ -171,7 +171,7 @@ class Lives(RuleBasedStateMachine):
         for process in chosen:
             done.update(words[0] for _, words in process[0])
         done["deaths"] += sum(left is not None for _, left, _ in chosen)
-        self.beside = second is not None or len(first) > 1 or any(left is not None for left in deaths)
+        self.beside = second is not None or len(first) > 1 or deaths != (None, None)
         self.check(settled=False)
 
     def run(self, processes: list[Process]) -> None:
@@ -316,9 +316,11 @@ class Lives(RuleBasedStateMachine):
             self.check_images(lookup.db)
             if settled or not apart:
                 self.check_layers(lookup.db, active)
+            if settled:  # until then a device may be on its way from or to a run that was cut off
                 self.check_activations(lookup.db, active, settled)
-            self.check_files(lookup.db, active, ended)
+            self.check_files(lookup.db, active, ended, settled)
             self.check_answers(lookup.db)
+            self.was_active = bool(active)
         if settled:
             done.update({f"{machine} {outcome}": count for (machine, outcome), count in ended.items()})
 
@@ -356,13 +358,13 @@ class Lives(RuleBasedStateMachine):
         if not active & {"pull", "activate"}:
             assert given.items() <= rows.items(), "devices that nobody here knows"
 
-    def check_files(self, db: sqlite3.Connection, active: set[str], ended: Counter[Any]) -> None:
+    def check_files(self, db: sqlite3.Connection, active: set[str], ended: Counter[Any], settled: bool) -> None:
         rows = {row[0] for row in db.execute("SELECT id FROM layer")}
         files = {f"sha256:{path.stem}" for path in (self.paths.state / "manifests").iterdir()}
         assert rows <= files, "a layer's manifest is gone"
         if not active and not ended["layer", "cancelled"]:
             assert files <= rows, "manifests of nothing"
-        if not active:
+        if settled:  # `gc` removes what a run could not remove at its own end
             assert list((self.paths.cache / "payloads").iterdir()) == []
         names = {path.name for path in self.paths.state.iterdir()}
         assert names <= {"imgpull.db", "imgpull.db-owners", "imgpull.db-journal", "manifests", "images"}
@@ -371,7 +373,7 @@ class Lives(RuleBasedStateMachine):
     def check_answers(self, db: sqlite3.Connection) -> None:
         """What a command said holds, if nothing else was done beside it or after it."""
         answers, self.answers = self.answers, []
-        if len(answers) != 1 or self.beside:
+        if len(answers) != 1 or self.beside or self.was_active:
             return
         (operation, answer), root = answers[0], self.around.helper
         match operation:
