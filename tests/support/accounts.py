@@ -25,6 +25,7 @@ PREFIX: Final = "imgpull-"  # no account without it is ever removed
 TEST_PREFIX: Final = f"{PREFIX}t"
 PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 GONE_S: Final = 30.0  # a killed process is gone within this, whatever the machine has to do
+USER_BUSY: Final = 8  # userdel(8), exit values
 TERMINAL: Final = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "TZ")
 
 
@@ -117,8 +118,7 @@ def _remove(name: str) -> None:
     if not name.startswith(PREFIX):
         raise ValueError(f"{name}: the name of an account of ours begins with {PREFIX}")
     with contextlib.suppress(KeyError):
-        _end_processes_of(pwd.getpwnam(name).pw_uid)
-        _run("userdel", name)
+        _delete_user(name, pwd.getpwnam(name).pw_uid)
     shutil.rmtree(_home(name), ignore_errors=True)
 
 
@@ -126,15 +126,23 @@ def _home(name: str) -> Path:
     return Path(f"/var/tmp/home-of-{name}")  # a name that nothing else is called by: it is removed as a whole
 
 
-def _end_processes_of(uid: int) -> None:
-    """Kill the processes of a user and wait until they are gone: userdel refuses while one is dying."""
+def _delete_user(name: str, uid: int) -> None:
+    """Kill a user's processes and delete him, which userdel refuses while one is dying.
+
+    One may still be root's when it is looked for: started an instant ago, and about to become the user's.
+    """
     give_up_s = time.monotonic() + GONE_S
-    while processes := _processes_of(uid):
-        if time.monotonic() > give_up_s:
-            raise TimeoutError(f"processes of user {uid} do not end: {processes}")
-        for process in processes:
+    while True:
+        for process in _processes_of(uid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)  # our own, if who started it was interrupted before he knew of it
+        try:
+            return _run("userdel", name)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != USER_BUSY or time.monotonic() > give_up_s:
+                raise
         time.sleep(0.02)
 
 
