@@ -877,6 +877,7 @@ async def trim_cache(app: App, *, dry_run: bool = False) -> list[tuple[str, int]
     if dry_run:
         return chosen
     await _drop_payloads(app)
+    await _drop_manifests(app)
     for digest, _ in chosen:
         app.paths.blob(digest).unlink(missing_ok=True)
     gone = used_ms.keys() - files.keys() | {digest for digest, _ in chosen}
@@ -895,6 +896,23 @@ async def _drop_payloads(app: App) -> None:
         if f"sha256:{entry.name.removesuffix('.tar')}" not in at_work:
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
+
+
+async def _drop_manifests(app: App) -> None:
+    """Remove the manifests of layers that are forgotten; a disk's error may have kept the removal itself from it."""
+
+    def orphans(db: Any) -> list[str]:
+        return [entry.path for entry in found if not store.has_layer(db, f"sha256:{entry.name.removesuffix('.jsonl')}")]
+
+    found = [entry for entry in _entries(app.paths.manifest("x").parent) if entry.name.endswith(".jsonl")]
+    if await app.read(orphans):
+        async with (
+            app.engine.transaction() as db
+        ):  # no layer begins meanwhile; one at work may be about to write its row
+            if not Lookup(db).runs("layer", active_only=True):
+                for path in orphans(db):
+                    with suppress(FileNotFoundError):
+                        os.unlink(path)
 
 
 async def _blobs_in_use(app: App) -> set[str]:

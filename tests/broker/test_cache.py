@@ -77,3 +77,24 @@ def test_a_blob_that_root_refuses_is_not_kept(world: World) -> None:
     assert blobs(world) == set()
     del world.helper.script["commit"]
     assert world.run("pull", ONE)[0] == 0
+
+
+def test_manifests_of_no_layer_are_removed_but_not_while_a_layer_is_at_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(point: str) -> None:
+        if point == "layer:fetch:complete:after":
+            raise PowerError
+
+    world.put("one", b"a")
+    monkeypatch.setattr(work, "HOOKS", Hooks(point=fail))
+    assert world.run("pull", ONE)[0] != 0
+    monkeypatch.setattr(work, "HOOKS", Hooks())
+    orphan = world.paths.manifest(f"sha256:{'0' * 64}")
+    orphan.touch()
+    assert world.run("gc")[0] == 0
+    assert orphan.exists()  # it may be the one that the layer at work has just written
+    assert world.run("pull", ONE)[0] == 0
+    assert world.run("gc")[0] == 0
+    assert not orphan.exists()
+    assert len(list(orphan.parent.iterdir())) == 1

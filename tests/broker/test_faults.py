@@ -81,6 +81,7 @@ def test_fault_at_every_call_that_changes_a_file(name: str, world: World, capsys
         ends["killed" if status == -signal.SIGKILL else "went on" if status == 0 else "told"] += 1
         assert in_child(world, words) in codes, (rule, (world.folder / "last").read_text())
         check(world)
+        assert in_child(world, ["gc"]) == 0  # what a finished removal could not take away is left to it
         assert_sound(world)
     with capsys.disabled():
         print(f"\n{name}: {len(chosen)} of {len(every)} faults at calls that change a file, no violation: {dict(ends)}")
