@@ -13,7 +13,7 @@ if [[ $# -gt 0 ]]; then exec "$python" -m pytest "$@"; fi
 log=$(mktemp --suffix=.log)
 trap 'rm -f "$log"' EXIT
 # A shell lets what it starts in the background ignore SIGINT; pytest shall hear it.
-env --default-signal=INT "$python" -m pytest -p no:cacheprovider tests/vm >"$log" 2>&1 </dev/null &
+env --default-signal=INT IMGPULL_TESTS_BESIDE=1 "$python" -m pytest -p no:cacheprovider tests/vm >"$log" 2>&1 </dev/null &
 machine=$!
 trap 'kill -INT "$machine" 2>/dev/null' INT TERM
 "$python" -m pytest -p no:cacheprovider --ignore=tests/vm
