@@ -2,8 +2,9 @@
 
 Rule 1: in CI (CI=true) each skip must be listed in ALLOWED_SKIPS with its reason, else the run fails: a test that does
 not run proves nothing.
-Rule 2: in CI the whole run leaves no loop device, mount, device-mapper device or account behind, else it fails. A run that
-goes on beside another (tests/run.sh) makes none of these, and cannot tell the other's from its own: it does not look.
+Rule 2: in CI the whole run leaves no loop device, mount, device-mapper device or account behind, else it fails. A run
+that goes on beside another (tests/run.sh) makes none of these, and cannot tell the other's from its own: it does not
+look.
 """
 
 from __future__ import annotations

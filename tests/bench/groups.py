@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import boto3
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 
 from tests.bench import ours, rivals, shapes
 from tests.bench import ready as among_runs
@@ -107,14 +105,7 @@ def prepared(sizes: Sizes, folder: Path) -> Iterator[Bench]:
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(running_helper(folder / "bench-helper", "root", pool_bytes=POOL_BYTES))
         server = stack.enter_context(swift.running(folder / "swift"))
-        s3 = boto3.client(
-            "s3",
-            endpoint_url=server.endpoint,
-            aws_access_key_id=server.access_key,
-            aws_secret_access_key=server.secret_key,
-            region_name=server.region,
-            config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
-        )
+        s3 = server.client()
         s3.create_bucket(Bucket=BUCKET)
         yield Bench(sizes, folder, running, server.environment(), s3)
         ours.release(running)

@@ -22,7 +22,6 @@ from tests.demo.stage import (
     BUCKET,
     FOLDER,
     HELPER,
-    S3,
     StageError,
     empty_stage,
     ignore_signals,
@@ -33,6 +32,7 @@ from tests.demo.stage import (
 )  # fmt: skip
 from tests.demo.tell import BOLD, PLAIN, DemoError, Teller, check, type_as
 from tests.layers.families import Family, families
+from tests.servers.swift import Swift
 from tests.setup.installed import installed_copy
 from tests.support.accounts import Account, client_group
 from tests.support.helper import Helper, device_mapper_is_there, loops_below, mounts_below, running_helper
@@ -96,13 +96,13 @@ def play(teller: Teller, stack: ExitStack) -> None:
     show_removal(teller, user, device)
 
 
-def environment(copy: Path, s3: S3, helper: Helper) -> dict[str, str]:
+def environment(copy: Path, s3: Swift, helper: Helper) -> dict[str, str]:
     """Return what the user's shell has exported."""
     path = f"{copy}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
     return {"PATH": path, "IMGPULL_HELPER_SOCKET": str(helper.socket), **s3.environment()}
 
 
-def put_images(teller: Teller, s3: S3, built: tuple[Family, ...], victim: Path) -> None:
+def put_images(teller: Teller, s3: Swift, built: tuple[Family, ...], victim: Path) -> None:
     victim.parent.mkdir(mode=0o777)
     victim.parent.chmod(0o777)  # the attack shall fail by our rules, not for want of permission
     victim.write_text("precious\n")
@@ -113,7 +113,7 @@ def put_images(teller: Teller, s3: S3, built: tuple[Family, ...], victim: Path) 
         teller.say(f"{size_bytes:>13,} bytes  s3://{BUCKET}/{key}")
 
 
-def show_user(teller: Teller, user: Account, s3: S3, helper: Helper) -> None:
+def show_user(teller: Teller, user: Account, s3: Swift, helper: Helper) -> None:
     with teller.act("Who runs it: an ordinary user, in the group that may ask the helper"):
         type_as(user, ["id"])
         exported = {"AWS_ENDPOINT_URL": s3.endpoint, "IMGPULL_HELPER_SOCKET": str(helper.socket)}

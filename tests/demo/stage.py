@@ -17,11 +17,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tests.layers.families import Family
+from tests.servers.swift import Swift
 from tests.support.accounts import Account, temporary_account
 from tests.support.caching import owned_folder
 from tests.support.helper import ROOT, mend
@@ -36,32 +37,6 @@ START_S: Final = 90.0
 
 class StageError(Exception):
     """The demo cannot begin, or its server does not start."""
-
-
-@dataclass(frozen=True, slots=True)
-class S3:
-    """The S3 server: where it is, and the keys that it accepts."""
-
-    endpoint: str
-    access_key: str
-    secret_key: str
-    region: str
-
-    def environment(self) -> dict[str, str]:
-        """Return the variables by which any program of AWS's SDK finds it."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key, "AWS_DEFAULT_REGION": self.region,
-        }  # fmt: skip
-
-    def client(self) -> Any:
-        """Return boto3's client of it, with real signatures."""
-        import boto3
-        from botocore.config import Config
-
-        config = Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required")
-        return boto3.client("s3", endpoint_url=self.endpoint, region_name=self.region, config=config,
-                            aws_access_key_id=self.access_key, aws_secret_access_key=self.secret_key)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -82,7 +57,7 @@ def empty_stage() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3]:
+def s3_server() -> Iterator[Swift]:
     """Start OpenStack Swift with its S3 API on loopback; it ends with this process, whatever ends that."""
     command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "tests.servers.swift", "run", str(FOLDER / "s3")]
     with (FOLDER / "s3.log").open("wb") as log:
@@ -93,7 +68,7 @@ def s3_server() -> Iterator[S3]:
         words = dict(re.findall(r"(\w+)=(\S+)", process.stdout.readline()))
         if not words:
             raise StageError(f"no S3 server: {(FOLDER / 's3.log').read_text()}")
-        yield S3(**words)
+        yield Swift(**words)
     finally:
         process.terminate()
         process.wait(START_S)
@@ -115,7 +90,7 @@ def ordinary_user(group: str, environment: dict[str, str]) -> Iterator[Account]:
         yield Account(sudo_user, entry.pw_uid, entry.pw_gid, home, groups, environment)
 
 
-def upload(s3: S3, families: tuple[Family, ...], *others: Path) -> list[tuple[str, int]]:
+def upload(s3: Swift, families: tuple[Family, ...], *others: Path) -> list[tuple[str, int]]:
     """Put each family under images/NAME/, and the other tarballs under images/; return keys and sizes."""
     objects = {f"images/{family.name}/{layer.name}": layer for family in families for layer in family.layers}
     objects |= {f"images/{path.name}": path for path in others}

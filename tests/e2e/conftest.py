@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from tests.layers.families import Family
 from tests.layers.synthetic import write_large_files, write_small_files
@@ -45,14 +43,7 @@ class Bucket:
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     with running(tmp_path_factory.mktemp("swift") / "s3") as swift:
-        client = boto3.client(
-            "s3",
-            endpoint_url=swift.endpoint,
-            aws_access_key_id=swift.access_key,
-            aws_secret_access_key=swift.secret_key,
-            region_name=swift.region,
-            config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
-        )
+        client = swift.client()
         client.create_bucket(Bucket=BUCKET)
         yield Bucket(swift, client)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 PACKAGES: Final = ("swift-proxy", "swift-account", "swift-container", "swift-object", "python3-swift")
 PYTHON: Final = "/usr/bin/python3"  # Debian's: Swift's modules belong to it
@@ -138,6 +138,20 @@ class Swift:
             "AWS_DEFAULT_REGION": self.region,
             "AWS_ENDPOINT_URL": self.endpoint,
         }
+
+    def client(self) -> Any:
+        """Return boto3's client of it, with real signatures."""
+        import boto3  # late: whoever only starts the server does not pay for it
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=self.region,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
+        )
 
 
 def missing() -> list[str]:

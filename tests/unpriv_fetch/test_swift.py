@@ -7,9 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from broker.protocol import Fetched, FetchFailed, Head, List, Pin, Pins
 from tests.servers import swift
@@ -37,14 +35,7 @@ class Store:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with swift.running(tmp_path_factory.mktemp("swift")) as running:
-        client = boto3.client(
-            "s3",
-            endpoint_url=running.endpoint,
-            region_name=running.region,
-            aws_access_key_id=running.access_key,
-            aws_secret_access_key=running.secret_key,
-            config=Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"}),
-        )
+        client = running.client()
         client.create_bucket(Bucket="layers")
         for name in NAMES:
             client.put_object(Bucket="layers", Key=name, Body=DATA)
