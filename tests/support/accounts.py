@@ -136,8 +136,6 @@ def _delete_user(name: str, uid: int) -> None:
         for process in _processes_of(uid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(process, os.WNOHANG)  # our own, if who started it was interrupted before he knew of it
         try:
             return _run("userdel", name)
         except subprocess.CalledProcessError as error:
