@@ -1,7 +1,8 @@
 """Each image's rows once more, in a file of its own beside the manifests: what the database is checked against.
 
-Rule 1: the file is written, and removed, in the transaction that makes or forgets the image; so the two can differ only
-        while a run of that image is at work, or when the database was damaged, lost, or put back from an older copy.
+Rule 1: the file is written, and removed, in the transaction that makes or forgets the image, and made to agree again
+        when a run of that image fails; so the two can differ only while one is at work, or when the database was
+        damaged, lost, or put back from an older copy.
 Rule 2: nothing is answered from these files. They find damage, and `imgpull doctor --repair` rebuilds from them.
 Rule 3: a file carries its own digest; one that does not match it counts as absent, and is named.
 
@@ -81,6 +82,14 @@ def publish(folder: Path, db: sqlite3.Connection, ref: str, endpoint: str) -> No
         # The transaction fails with this, and the file must be as its rows will be again.
         path.unlink() if before is None else _write(path, before)
         raise
+
+
+def settle(folder: Path, db: sqlite3.Connection, ref: str, endpoint: str) -> None:
+    """Let the file of an image be as its rows are, after a run that may have died between the two."""
+    if db.execute("SELECT 1 FROM image WHERE ref = ? AND endpoint = ?", (ref, endpoint)).fetchone():
+        publish(folder, db, ref, endpoint)
+    else:
+        withdraw(folder, ref, endpoint)
 
 
 def _write(path: Path, data: bytes) -> None:

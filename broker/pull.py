@@ -632,6 +632,14 @@ async def _activate(
     return Activated(name=name, layer=layer, mode=mode, device=given.device, size=given.size)
 
 
+async def settle_record(run: Run[Any], outcome: Outcome) -> None:
+    """Where a run fails that may have died between the image's record and its rows, let the record follow them."""
+    app, asked = _app(run), run.request
+    source = asked.source if isinstance(asked, PullRequest) else asked.endpoint
+    if not outcome.ok:
+        run.on_commit(lambda db: imagefile.settle(app.paths.image_dir, db, asked.ref, source))
+
+
 async def agree_with_root(run: Run[Any], outcome: Outcome) -> None:
     """Where a run was ended between something that root did and our record of it, take over what root says."""
     if outcome.ok or (isinstance(run.request, PullRequest) and outcome.step != "activate"):
@@ -679,10 +687,11 @@ async def _follow_root(run: Run[Any], root: Helper, names: set[str] | None) -> l
         for row in gone:
             if store.activation(db, row.name) == row:
                 store.forget_activation(db, row.name)
+        still = {image.top: image.id for image in reversed(store.images(db))}  # one may have been removed meanwhile
         for item in found:
-            if item["layer"] in images and store.activation(db, item["name"]) is None:
+            if item["layer"] in still and store.activation(db, item["name"]) is None:
                 given = Activation(item["name"], item["layer"], item["mode"], item["device"], item["size"])
-                store.record_activation(db, images[item["layer"]], given)
+                store.record_activation(db, still[item["layer"]], given)
 
     run.on_commit(write)
     return [item["name"] for item in found if item["layer"] not in images]
@@ -693,6 +702,7 @@ PULL: Machine[PullRequest] = (
     .start("resolve", resolve, result=Resolved, retry=NETWORK)
     .to("layers", pull_layers, result=Layers, retry=Policy(attempts=1, retry_on=classify))
     .to("activate", activate_pulled, result=Activated, retry=ROOT)
+    .finalise(settle_record)
     .finalise(agree_with_root)
     .end("ready")
 )
@@ -978,6 +988,7 @@ REMOVE: Machine[RemoveRequest] = (
     .start("forget", forget, retry=ROOT)
     .to("layers", remove_layers, result=Removed, retry=ROOT)
     .finalise(drop_manifests)
+    .finalise(settle_record)
     .finalise(agree_with_root)
     .end("removed")
 )

@@ -14,7 +14,7 @@ REF = "s3://bucket/images/one"
 def tool(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a stand-in for resize2fs that notes how it is called."""
     path = tmp_path / "resize2fs"
-    path.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/resized\nenv >>{tmp_path}/environment\n')
+    path.write_text(f'#!/bin/sh\necho "$@" >>{world.folder}/resized\nenv >>{world.folder}/environment\n')
     path.chmod(0o755)
     monkeypatch.setattr(filesystem, "RESIZE2FS", ("/nonexistent", str(path)))
     world.put("one", b"a")
