@@ -6,8 +6,8 @@ Rule 3: one writer a pin: flock(2) on the map, which dies with its process.
 Rule 4: no write goes beyond the pinned size.
 
 ``partial/<identity>.data`` holds the bytes in place; ``partial/<identity>.map`` has a header and eight bytes a cell:
-whether the cell is complete, and its CRC-32. No sync is needed while bytes arrive: after a power cut, a cell whose
-bytes were lost has the wrong CRC-32 and is fetched again.
+whether the cell is complete, and its CRC-32C. No sync is needed while bytes arrive: after a power cut, a cell whose
+bytes were lost has the wrong CRC-32C and is fetched again.
 """
 
 import errno
@@ -15,20 +15,21 @@ import fcntl
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
+from awscrt.checksums import crc32c
+
 from broker.protocol import FetchCode, Pin
 from unpriv.failures import FetchError
 from unpriv.ranges import Grid
 
 HEADER: Final = struct.Struct("<16s32sQQ32s")  # magic, identity, size, cell, digest once published
-MAGIC: Final = b"imgpull map v1\n\0"
-CELL: Final = struct.Struct("<II")  # 1 when complete, CRC-32
+MAGIC: Final = b"imgpull map v2\n\0"
+CELL: Final = struct.Struct("<II")  # 1 when complete, CRC-32C
 READ_BYTES: Final = 1 << 20
 OPEN_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -174,7 +175,7 @@ class Partial:
     grid: Grid
 
     def resume(self) -> dict[int, int]:
-        """Make the files fit the pin; return the cells that the map calls complete, with their CRC-32.
+        """Make the files fit the pin; return the cells that the map calls complete, with their CRC-32C.
 
         They are to be believed only after ``crc_of`` agrees. Raises: FetchError, `no_space` if the rest does not fit.
         """
@@ -240,11 +241,16 @@ class Partial:
                 offset += got
 
     def crc_of(self, cell: int) -> int:
-        """Return the CRC-32 of a cell as it lies on disk."""
+        """Return the CRC-32C of a cell as it lies on disk."""
         crc = 0
         for piece in self.pieces(cell):
-            crc = zlib.crc32(piece, crc)
+            crc = crc32c(piece, crc)
         return crc
+
+    def flush(self) -> None:
+        """Bring to the disk what was written so far. Raises: FetchError."""
+        with translated("write a partial blob to the disk"):
+            os.fsync(self.data_fd)
 
     def publish(self, digest: str) -> None:
         """Make the blob durable, then give it its name, then make the name durable."""

@@ -37,6 +37,7 @@ from unpriv.sums import Sums, at, must_be
 
 T = TypeVar("T")
 LOCK_POLL_S: Final = 0.1
+FLUSH_BYTES: Final = 64 << 20
 NOTICE_EVERY_S: Final = 5.0  # of one object and one kind
 
 
@@ -83,6 +84,7 @@ class Fetcher:
         self.threads = trio.CapacityLimiter(hello.max_streams * THREADS_A_STREAM)  # abandoned ones hold theirs
         self.control_threads = trio.CapacityLimiter(8)
         self.hash_threads = trio.CapacityLimiter(os.cpu_count() or 1)
+        self.flush_threads = trio.CapacityLimiter(1)
         self.received = 0  # bytes of finished attempts, all objects
         self.jobs: dict[int, Job] = {}
         self._orders = count()
@@ -234,12 +236,22 @@ class Fetcher:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report_progress, job)
+            nursery.start_soon(self._flush, job)
             nursery.start_soon(hash_all)
             for cell in range(grid.cells):
                 if cell not in job.done:
                     slot = await self.slots.acquire(job.order)
                     nursery.start_soon(self._cell, job, cell, slot)
         return digest
+
+    async def _flush(self, job: Job) -> None:
+        """Have the disk begin while bytes still arrive: the last sync, before the blob is published, is short then."""
+        flushed_bytes = 0
+        while True:
+            await job.cell_done.park()
+            if job.done_bytes - flushed_bytes >= FLUSH_BYTES:
+                flushed_bytes = job.done_bytes
+                await trio.to_thread.run_sync(job.partial.flush, limiter=self.flush_threads)
 
     async def _hash(self, job: Job, request: Fetch) -> str:
         """Hash the cells in order as they come; return the digest. Raises: FetchError on a mismatch."""
@@ -265,7 +277,7 @@ class Fetcher:
             slot.release()
 
     async def _ranges(self, job: Job, cell: int, slot: Slot) -> int:
-        """Fetch one cell; return its CRC-32. A request that broke off is continued where it ended."""
+        """Fetch one cell; return its CRC-32C. A request that broke off is continued where it ended."""
         start, end = job.partial.grid.bounds(cell)
         retries = Retries(self.tuning, self.attempts)
         offset, crc = start, 0

@@ -6,7 +6,6 @@ Rule 2: streams go to the object that was asked for first, so that its blob is r
 
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 import trio
+from awscrt.checksums import crc32c
 
 from unpriv import s3
 from unpriv.blobfile import Partial
@@ -71,7 +71,7 @@ class Attempt:
             raise FetchError("unavailable", f"the server stopped in the middle: {self._name()}", retryable=True)
         with self._unless_stopped():
             self.partial.write(data, self.offset)
-            self.crc = zlib.crc32(data, self.crc)
+            self.crc = crc32c(data, self.crc)
             self.offset += len(data)
             self.received += len(data)
         rest_s = self.bucket.wait_s(time.monotonic(), len(data))

@@ -2,13 +2,13 @@
 
 import errno
 import os
-import zlib
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 import pytest
+from awscrt.checksums import crc32c
 
 from broker.protocol import Pin
 from unpriv import blobfile
@@ -41,7 +41,7 @@ def fill(partial: Partial, *cells: int) -> None:
     for cell in cells:
         start, end = partial.grid.bounds(cell)
         partial.write(DATA[start:end], start)
-        partial.complete(cell, zlib.crc32(DATA[start:end]))
+        partial.complete(cell, crc32c(DATA[start:end]))
 
 
 def test_resume_knows_what_was_complete(blobs: BlobDir) -> None:

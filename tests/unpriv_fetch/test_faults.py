@@ -5,12 +5,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+import pytest
 import trio
 
 from broker.protocol import Fetched, FetchFailed, Head, List, Pin
 from tests.servers.faults import ALWAYS, FAULTS, Object, Server, serving
 from tests.unpriv_fetch.harness import CELL, Bench, connect, fetching, notices, outcome
 from unpriv import s3
+from unpriv.blobfile import Partial
+from unpriv.failures import FetchError
 
 DATA: Final = b"".join(sha256(number.to_bytes(4, "big")).digest() for number in range(3 * CELL // 32 - 5))
 DIGEST: Final = f"sha256:{sha256(DATA).hexdigest()}"
@@ -220,3 +223,23 @@ async def test_resume_fetches_only_what_is_missing_or_harmed(tmp_path: Path) -> 
     assert report.digest == DIGEST
     assert sorted(found.gets) == [(CELL, 2 * CELL), (2 * CELL, len(DATA))]
     assert report.transferred_bytes == len(DATA) - CELL
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_disk_works_while_bytes_arrive(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+
+    def flush(partial: Partial) -> None:
+        flushed.append(partial.data_fd)
+        if fails:
+            raise FetchError("io_error", "cannot write a partial blob to the disk: Input/output error")
+
+    monkeypatch.setattr("unpriv.fetcher.FLUSH_BYTES", 1)
+    monkeypatch.setattr(Partial, "flush", flush)
+    server = Server()
+    server.objects["faults/k"] = Object(DATA)
+    async with serving(server), fetching(connect(server.url), tmp_path) as bench:
+        report = await bench.fetch(pin_of("k"))
+        assert outcome(report) == ("io_error" if fails else "ok")
+        assert flushed
+        assert bool(bench.blobs()) is not fails
