@@ -36,7 +36,7 @@ def bars(events: Sequence[dict[str, Any]]) -> list[Bar]:
 def svg(events: Sequence[dict[str, Any]], title: str) -> str:
     """Return the picture."""
     drawn = bars(events)
-    told = [str(one["layer"]) for event in events for one in event.get("layers", ()) if event["type"] == "begin"]
+    told = [str(one["layer"]) for event in events if event["type"] == "begin" for one in event["layers"]]
     layers = list(dict.fromkeys([*told, *(bar[0] for bar in drawn)]))  # lowest first
     end = max((bar[3] for bar in drawn), default=1.0)
     height = TOP + ROW * len(layers) + 30
