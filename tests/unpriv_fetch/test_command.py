@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 from broker import worker
-from tests.servers import swift
+from tests.servers import moto, swift
 from tests.servers.faults import ALWAYS, Object, Request, Server, Wire, in_thread
 from tests.support.world import World
 from tests.support.world import world as world
@@ -77,6 +77,33 @@ def test_each_answer_of_swift_has_its_exit_code_and_one_line(name: str, store: s
     if code:
         assert re.fullmatch(r"imgpull: .+\n(  why:  .+\n)?  next: .+\n", err), err
         assert "secret" not in err.lower() and "Traceback" not in err
+        assert user.helper.layers == {}
+
+
+MOTO: Final = {  # which asks for a signature and looks at none
+    "signed": Case(0, "2 layers", {}),
+    "anonymous": Case(77, "s3://layers/images/one/1.tar", {}, ("--no-sign-request",)),
+    "no such image": Case(66, "images/none", {}, ref="s3://layers/images/none"),
+    "no such key": Case(66, "NoSuchKey", {}, ref=f"{REF}/3.tar"),
+    "no such bucket": Case(66, "NoSuchBucket", {}, ref="s3://nowhere/images/one"),
+}
+
+
+@pytest.mark.parametrize("name", MOTO)
+def test_each_answer_of_moto_has_its_exit_code_and_one_line(name: str, user: World) -> None:
+    case = MOTO[name]
+    with moto.running() as url:
+        found = swift.Swift(url)  # its client serves any server
+        client = found.client()
+        client.create_bucket(Bucket="layers")
+        for number in (1, 2):
+            client.put_object(Bucket="layers", Key=f"images/one/{number}.tar", Body=DATA + bytes([number]))
+        client.close()
+        user.environ.update(AWS_ENDPOINT_URL=url)
+        code, _, err = user.run("pull", case.ref, *case.options)
+    assert (code, case.says in err) == (case.exit_code, True), err
+    if code:
+        assert re.fullmatch(r"imgpull: .+\n(  why:  .+\n)?  next: .+\n", err), err
         assert user.helper.layers == {}
 
 
