@@ -101,6 +101,26 @@ def test_stranger_outside_the_group_is_refused(stranger: User, small: dict[str, 
     assert "usermod -aG imgpull" in said
 
 
+def test_pins_of_the_first_use_hold_against_a_later_upload(
+    user: User, bucket: Bucket, small: dict[str, str], tmp_path: Path
+) -> None:
+    layers = [tmp_path / "1.tar", tmp_path / "2.tar"]
+    for number, layer in enumerate(layers):
+        write_small_files(layer, files=3 + number)
+    ref = bucket.put("pinned", layers)
+    user.run("pull", ref, "--no-activate")
+    pins = user.account.home / "pins"
+    pins.write_text(user.run("pins", ref))
+    pins.chmod(0o644)
+    assert [line.split()[1] for line in pins.read_text().splitlines()] == [f"{ref}/1.tar", f"{ref}/2.tar"]
+    user.run("pull", ref, "--no-activate", "--refresh", "--pin-file", str(pins))
+    write_small_files(layers[1], files=9)
+    bucket.put("pinned", layers)
+    refused = user.run("pull", ref, "--no-activate", "--refresh", "--pin-file", str(pins), code=65)
+    assert "expected sha256:" in refused and "/2.tar" in refused
+    assert user.json("show", ref)["layers"][1]["entries"] < 9, "the image is still what was pinned"
+
+
 def test_size_grows_the_file_system_of_one_device_only(user: User, small: dict[str, str]) -> None:
     user.run("pull", small["left"], "--no-activate")
     plain = user.run("activate", small["left"], "--name", "plain").strip()
