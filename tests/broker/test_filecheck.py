@@ -11,6 +11,7 @@ import trio
 
 from broker import filecheck
 from broker.errors import ImgpullError
+from tests.support import descriptors
 from tests.unpriv.checking import check
 from tests.unpriv.tarbytes import directory, member, tar
 
@@ -29,7 +30,7 @@ def files(tmp_path: Path, *layers: bytes) -> list[str]:
 
 def run(names: list[str]) -> list[str]:
     """Check files; return the ids of their layers, and see that nothing is left of the work."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = descriptors.held()
 
     async def work() -> list[str]:
         return [one.layer for one in await filecheck.check(names, with_tree=False, all_violations=False)]
@@ -37,7 +38,7 @@ def run(names: list[str]) -> list[str]:
     try:
         return trio.run(work)
     finally:
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert descriptors.held() == before
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
 

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from broker import helper
 from broker.app import sealed_copy
 from broker.errors import ImgpullError
 from tests.broker.fake_helper import FakeHelper, HangUpError, fake_helper
+from tests.support import descriptors
 
 LAYER = "sha256:" + "1" * 64
 
@@ -126,12 +126,12 @@ async def test_descriptors_are_not_leaked(tmp_path: Path) -> None:
         async with helper.connect(fake.path) as root:
             await commit(root, manifest(), b"hello", tmp_path)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors.held()
         for _ in range(3):
             async with helper.connect(fake.path) as root:
                 await commit(root, manifest(), b"hello", tmp_path)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert descriptors.held() == before
 
 
 def test_fake_knows_every_request_of_the_protocol() -> None:

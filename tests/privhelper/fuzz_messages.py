@@ -19,6 +19,7 @@ from privhelper import monitor, policy, protocol
 from privhelper.connection import Connection
 from privhelper.errors import GoneError
 from privhelper.protocol import Message, ProtocolError
+from tests.support import descriptors
 
 LAYER = "sha256:" + "0" * 64
 GOOD: list[dict[str, Any]] = [
@@ -95,7 +96,7 @@ def flood(count: int) -> dict[str, int]:
     null = os.open("/dev/null", os.O_RDONLY)
     accepted = reached = 0
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the log, a line a request
-    before = os.listdir("/proc/self/fd")
+    before = descriptors.held()
     for number in range(count):
         data = mutated(rng)
         try:
@@ -113,7 +114,7 @@ def flood(count: int) -> dict[str, int]:
             # No descriptor of these is of a kind that a row asks for, and commit asks for two.
             permitted = op not in ("", "commit") and not fds and greeted == (op != "hello")
             assert [who for who, _, _ in found] == ([op] if permitted else []), (data, greeted, fds, found)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors.held() == before
     os.close(null)
     with open("/proc/self/status") as status:  # not getrusage(2): it counts what was there before execve(2) as well
         peak_bytes = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

@@ -10,6 +10,7 @@ import pytest
 
 from privhelper import policy, sandbox
 from privhelper.sandbox import Child, Report
+from tests.support import descriptors
 
 
 def child(act: Callable[[int], None]) -> Child:
@@ -94,11 +95,11 @@ def test_fork_that_fails_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -
     def fork() -> int:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    before = os.listdir("/proc/self/fd")
+    before = descriptors.held()
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(BlockingIOError):
         sandbox.start(policy.load(None), "populate", 0, (), lambda root, tell: (0, 0))
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors.held() == before
 
 
 @pytest.mark.parametrize("kind", ["rejected", "no_room", "fault"])
