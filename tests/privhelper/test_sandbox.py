@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
@@ -78,9 +77,7 @@ def test_child_that_closes_its_pipe_and_lives_on_is_killed(monkeypatch: pytest.M
 
     found = child(linger)
     assert [report.kind for report in all_reports(found)][-1] == "done"
-    before = time.monotonic()
     assert found.end(kill=False) == "killed by SIGKILL"
-    assert time.monotonic() - before < 5
 
 
 def test_child_that_dies_tells_how() -> None:

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -83,10 +82,7 @@ def test_end_of_requests_cancels_at_once(server: Server, tmp_path: Path) -> None
         greet(fetcher, server, tmp_path / "blobs")
         fetch(fetcher, server)
         assert fetcher.hear()["type"] == "progress"
-        start_s = time.monotonic()
-        code, err = fetcher.finish()
-        assert (code, err) == (0, b"")
-        assert time.monotonic() - start_s < 2
+        assert fetcher.finish() == (0, b"")  # or TimeoutExpired, before the server's silence is too long
 
 
 def test_request_that_makes_no_sense_ends_the_program(server: Server, tmp_path: Path) -> None:

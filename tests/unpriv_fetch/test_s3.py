@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from botocore.config import Config
 from broker.protocol import Endpoint, FetchFailed, Head, Hello, List, Pin, Pins
 from tests.servers import moto
 from tests.servers.faults import Object, Server, in_thread, serving
-from tests.unpriv_fetch.harness import SECRET, connect, fetching, outcome
+from tests.unpriv_fetch.harness import QUICK, SECRET, connect, fetching, outcome
 from unpriv import s3
 from unpriv.failures import FetchError
 
@@ -279,7 +280,7 @@ def test_request_that_hangs_can_be_cut() -> None:
     server = Server()
     server.objects["b/k"] = Object(DATA, "silence_before_the_status", 0, 9)
     with in_thread(server):
-        client = connect(server.url)
+        client = connect(server.url, tuning=replace(QUICK, read_timeout_s=60))
         line = s3.Line()
         pin = Pin(bucket="b", key="k", size=len(DATA), etag=server.objects["b/k"].etag)
         with pytest.raises(FetchError) as caught:
@@ -297,7 +298,7 @@ async def cut_after_a_while(line: s3.Line, ask: Any) -> None:
         except FetchError as error:
             failed.append(error)
 
-    with trio.fail_after(1.5):  # before its own timeout
+    with trio.fail_after(20):  # before its own timeout
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, speak)
             while line._sock is None:  # noqa: ASYNC110  # another thread sets it
