@@ -285,7 +285,8 @@ def activate(**arguments: Any) -> None:
     """Give out a device with the image IMAGE; print it.
 
     With --ro, a COMMAND after `--` runs inside a read-only mount of it that no path reaches:
-    `imgpull activate --ro golang -- find . -perm -4000`.
+    `imgpull activate --ro golang -- find . -perm -4000`. The device that is made for it goes with it, whatever either
+    dies of; a device of this --name that stood before stays. Its exit code is the command's.
     """
     _run("activate", **arguments)
 

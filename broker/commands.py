@@ -396,13 +396,9 @@ def activate(
 
     default = Reference.parse(chosen.ref).default_name
     if command:
-        # Without a name it is for this command alone and goes with it.
-        given = work.activate(settings, chosen, _name(name, clean_name(f"{default}-{os.getpid()}")), mode, 0)
-        try:
-            return work.inside(settings, given, list(command))
-        finally:
-            if name is None:
-                work.deactivate(settings, given.name)
+        from broker.inside import run_inside
+
+        return run_inside(settings, chosen, _name(name, clean_name(f"{default}-{os.getpid()}")), list(command))
     given = work.activate(settings, chosen, _name(name, default), mode, _size(size))
     if firecracker:
         # Firecracker API, PUT /drives/{drive_id}: https://github.com/firecracker-microvm/firecracker, firecracker.yaml

@@ -6,8 +6,8 @@ Rule 2: this is the user's own record. The truth about devices is the helper's a
 Rule 3: a row is written in the transaction that completes the step which earned it (broker/machine.py).
 
 Files: ``<state>/imgpull.db``, ``<state>/manifests/<hex>.jsonl``, ``<state>/images/`` (broker/imagefile.py),
-``<cache>/blobs/sha256/<hex>`` (published by the fetcher), ``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a
-compressed blob, between check and commit).
+``<state>/temporary/`` (broker/temporary.py), ``<cache>/blobs/sha256/<hex>`` (published by the fetcher),
+``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a compressed blob, between check and commit).
 """
 
 import hashlib
@@ -144,6 +144,11 @@ class Paths:
     def image_dir(self) -> Path:
         """The images' records."""
         return self.state / "images"
+
+    @property
+    def mark_dir(self) -> Path:
+        """The marks of devices that are there for one command only (broker/temporary.py)."""
+        return self.state / "temporary"
 
     def manifest(self, layer: str) -> Path:
         """A layer's manifest."""

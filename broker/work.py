@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import trio
 
-from broker import helper, protocol, store
+from broker import helper, protocol, store, temporary
 from broker import pull as machines
 from broker.app import App, endpoint_of, running
 from broker.console import Reporter, size
@@ -212,6 +212,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         before = await app.read(store.image_by_ref, request.ref, request.source)
         old = await app.read(store.image_layers, before.id) if before else []
         key = store.pull_key(request.ref, request.source)
+        await _take_back(app, engine)
         _tell_of_the_interrupted(engine, report, key)
         outcome = await _do(engine, machines.PULL, key, request, partial(_show_others, app, request.ref))
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
@@ -261,37 +262,9 @@ def activate(settings: Settings, image: Image, name: str, mode: str, size_bytes:
     """Give out one more device of an image."""
 
     async def work() -> machines.Activated:
-        async with opened(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (app, engine):
+            await _take_back(app, engine)
             return await _activate(engine, image, name, mode, size_bytes)
-
-    return run(work)
-
-
-def inside(settings: Settings, given: machines.Activated, command: list[str]) -> int:
-    """Run a command with a detached read-only mount of an activation as its working directory. Returns: its exit code.
-
-    The mount is in no mount table and no path reaches it; it is gone with the last process that holds its descriptor.
-    """
-
-    async def work() -> int:
-        async with helper.connect(settings.helper_socket) as root:
-            again = await root.activate(given.layer, given.name, given.mode, 0)
-        if again.mount_fd is None:
-            raise ImgpullError("bug", "the helper gave no mount for a read-only activation")
-        try:
-            done = await trio.run_process(
-                command,
-                stdin=None,
-                check=False,
-                cwd=f"/proc/self/fd/{again.mount_fd}",
-                pass_fds=(again.mount_fd,),
-                env={**os.environ, "IMGPULL_MOUNT": f"/proc/self/fd/{again.mount_fd}"},
-            )
-        except OSError as error:
-            raise ImgpullError("usage", f"{command[0]}: {os.strerror(error.errno or 0).lower()}") from error
-        finally:
-            os.close(again.mount_fd)
-        return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
     return run(work)
 
@@ -300,17 +273,39 @@ def deactivate(settings: Settings, name: str) -> None:
     """Take a device back."""
 
     async def work() -> None:
-        async with opened(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (app, engine):
             await _do(engine, machines.DEACTIVATE, name, machines.NameRequest(name=name))
+            temporary.forget(app.paths.mark_dir, name)
 
     run(work)
+
+
+async def _take_back(app: App, engine: Engine) -> None:
+    """Take back the devices that were there for a command alone, and whose command died without giving them back.
+
+    They are read-only: nothing is lost with them. One that cannot be taken now is left for the next time.
+    """
+    marks = app.paths.mark_dir
+    for name in temporary.abandoned(marks):
+        for record in engine.lookup.runs("activate", active_only=True):
+            if record.key == name:
+                await engine.cancel(record.id, cause="the command that it was for is dead")
+                await engine.wait(record.id)
+        known = await app.read(store.activation, name)
+        if known is not None and known.mode == "ro":
+            try:
+                await _do(engine, machines.DEACTIVATE, name, machines.NameRequest(name=name))
+            except ImgpullError:
+                continue
+        temporary.forget(marks, name)
 
 
 def remove(settings: Settings, image: Image) -> list[str]:
     """Remove an image. Returns: the layers that root has removed."""
 
     async def work() -> list[str]:
-        async with opened(settings, Reporter()) as (_, engine):
+        async with opened(settings, Reporter()) as (app, engine):
+            await _take_back(app, engine)
             request = machines.RemoveRequest(ref=image.ref, endpoint=image.endpoint)
             outcome = await _do(engine, machines.REMOVE, store.pull_key(image.ref, image.endpoint), request)
             return list(outcome.result("layers", machines.Removed).layers)
@@ -346,6 +341,7 @@ def collect(settings: Settings, dry_run: bool) -> dict[str, Any]:
             if dry_run:
                 layers = await machines.removable(app)
             else:
+                await _take_back(app, engine)
                 outcome = await _do(engine, machines.COLLECT, "layers", machines.CollectRequest())
                 layers = list(outcome.result("layers", machines.Removed).layers)
             blobs = await machines.trim_cache(app, dry_run=dry_run)

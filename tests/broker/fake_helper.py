@@ -41,6 +41,7 @@ class HangUpError(Exception):
 class FakeHelper:
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "helper.sock")
+        self.mount = folder  # what a read-only activation's mount shows
         self.layers: dict[str, dict[str, Any]] = {}
         self.claims: dict[str, set[int]] = {}
         self.manifests: dict[str, bytes] = {}  # also of layers that are gone
@@ -138,7 +139,8 @@ class FakeHelper:
             return [self.error("busy", "the name is in use")]
         if not row["live"]:
             row |= {"live": True, "device": self.device}
-        return [{"type": "ok", **given, "device": row["device"], "size": request["size"] or 1 << 30}]
+        mount = {"descriptor": os.open(self.mount, os.O_PATH | os.O_DIRECTORY)} if row["mode"] == "ro" else {}
+        return [{"type": "ok", **given, "device": row["device"], "size": request["size"] or 1 << 30, **mount}]
 
     def on_deactivate(self, request: dict[str, Any], _: list[int]) -> list[dict[str, Any]]:
         if self.activations.pop(request["name"], None) is None:

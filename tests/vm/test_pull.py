@@ -114,7 +114,6 @@ def test_a_look_inside_read_only_is_a_mount_of_nobody_else(host: Machine) -> Non
     shown = imgpull(host, "activate", "python", "--name", "look", "--ro", "--", "ls", "-l", "usr/bin/su1").out
     assert shown.startswith("-rwsr-xr-x 2 root root")
     assert "dm-" not in host.sh("cat /proc/mounts").out
-    imgpull(host, "deactivate", "look")
     assert host.sh("dmsetup ls --noheadings | sort").out == before
 
 
