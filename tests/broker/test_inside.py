@@ -159,7 +159,8 @@ def test_kill_9_lets_the_device_go_with_whoever_holds_it_last(image: World) -> N
 def test_death_before_the_device_is_on_our_books(image: World) -> None:
     """Root has given it, and the run that asked for it would be resumed."""
     words = [sys.executable, "-m", "broker.cli", *LOOK, "--", "true"]
-    normal, process, started = image.helper.on_activate, [], threading.Event()
+    normal, started = image.helper.on_activate, threading.Event()
+    process: list[subprocess.Popen[bytes]] = []
 
     def give_and_kill(request: dict[str, Any]) -> dict[str, Any]:
         answer = normal(request, [])[0]
