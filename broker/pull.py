@@ -33,7 +33,6 @@ from broker.reference import Reference
 
 PARTIAL_AGE_S = 7 * 86400.0  # a pull that is not taken up again within a week
 REMOVERS = ("remove", "collect")  # the machines that take layers away
-LOWER_POLL_S = 0.05  # how often a layer looks whether the one below it is checked
 
 
 class Model(BaseModel):
@@ -232,6 +231,7 @@ async def _lower_layer(run: Run[LayerRequest]) -> str | None:
     if asked.lower is None:
         return None
     while True:
+        moved = run.moved
         known = await app.read(store.chained, asked.lower)
         if known:
             return known[0]
@@ -239,7 +239,7 @@ async def _lower_layer(run: Run[LayerRequest]) -> str | None:
         if outcome is not None and not outcome.ok:
             raise abort(problem_of(outcome))
         with run.rest():
-            await trio.sleep(LOWER_POLL_S)
+            await moved.wait()
 
 
 async def _blob_fd(run: Run[LayerRequest], digest: str) -> int:

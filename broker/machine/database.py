@@ -173,6 +173,7 @@ class Database:
         self._turn = trio.Lock()
         self._point = point
         self._patience_s = patience_s
+        self.moved = trio.Event()  # until the next change; take it before looking, so that nothing is missed
 
     @classmethod
     async def open(
@@ -232,7 +233,13 @@ class Database:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+        self.tell_moved()
         self._point(f"{name}:after")
+
+    def tell_moved(self) -> None:
+        """Wake those who wait for any change of the file."""
+        self.moved.set()
+        self.moved = trio.Event()
 
     async def transact(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` in one transaction that no cancellation can cut; the wait for locks is bounded."""

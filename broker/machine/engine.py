@@ -276,12 +276,14 @@ class Engine:
         return outcome
 
     async def _await_one(self, run_id: str, needed: bool, waiter: Active | None) -> Outcome:
+        seq = None
         while True:
             outcome = await self.database.read(lambda _: self.lookup.ended(run_id))
             if outcome is not None:
                 await trio.lowlevel.checkpoint()
                 return outcome
-            seq = (await self.database.read(lambda _: self.lookup.run(run_id))).seq
+            if seq is None:
+                seq = (await self.database.read(lambda _: self.lookup.run(run_id))).seq
             active = self._active.get(seq)
             if active is None and (needed or seq in self._needed):
                 active = await self._adopt(seq)
@@ -295,7 +297,7 @@ class Engine:
                 if waiter is None:
                     raise StoppedError(f"run {run_id} is left for a later start")
                 waiter.scope.cancel()
-            await trio.sleep(self._poll_s)
+            await trio.sleep(self._poll_s)  # the kernel frees the lock of an owner that died and tells nobody
 
     async def sleep_until(self, when_ms: int) -> None:
         """Sleep until the wall clock shows this time."""
@@ -331,7 +333,7 @@ class Engine:
             active.scope.cancel()
 
     async def watch(self) -> None:
-        """Notice, for as long as the engine runs, what other processes cancel."""
+        """Notice, for as long as the engine runs, what other processes commit, and what they cancel."""
         version = -1
         while True:
             await trio.sleep(self._poll_s)
@@ -340,6 +342,7 @@ class Engine:
             try:
                 now = await self.database.read(lambda db: int(db.execute("PRAGMA data_version").fetchone()[0]))
                 if now != version:
+                    self.database.tell_moved()
                     for seq in await self.database.read(lambda _: self.lookup.cancelled_seqs()):
                         self._tell_cancelled(seq)
                     version = now

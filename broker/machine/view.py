@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import trio
 from pydantic import BaseModel, JsonValue
 
 from broker.machine.definition import Machine, Request
@@ -85,6 +86,14 @@ class Run(Generic[Request]):
             machine, key, request, queue=queue, after=after, not_before=not_before, parent=self.id
         )
         return started.id
+
+    @property
+    def moved(self) -> trio.Event:
+        """Give the event of the next commit to the state file: by this process at once, by another when it is noticed.
+
+        Take it before looking whether what you wait for is there.
+        """
+        return self.engine.database.moved
 
     def rest(self) -> AbstractContextManager[None]:
         """Mark a wait in which no work is done, such as for a lock: a shutdown cuts the step there at once."""

@@ -140,6 +140,33 @@ async def test_an_abort_in_one_process_does_not_take_a_child_that_another_wants(
     assert one_toy.calls == ["shared.only"] and two_toy.calls == []
 
 
+@pytest.mark.capability("a step can wait for what another run commits, of this process or another")
+@pytest.mark.parametrize("here", [True, False])
+async def test_a_step_wakes_when_another_run_commits(path: Path, here: bool, autojump_clock: Any) -> None:
+    async def waits(run: Run[Ask]) -> None:
+        moved = run.moved
+        while run.engine.db.execute("SELECT count(*) FROM effect").fetchone() == (0,):
+            await moved.wait()
+            moved = run.moved
+
+    waiting = one_step(waits, name="waiting")
+    writing = three_steps(gated, effect, nothing, name="writing")
+    toy = Toy()
+    async with (
+        engine_of(path, waiting, writing, app=toy) as one,
+        engine_of(path, waiting, writing, app=toy, poll_s=1) as two,
+    ):
+        waiter = await two.start(waiting, "w", Ask())
+        writer = await (two if here else one).start(writing, "k", Ask())
+        await blocked()
+        toy.gate("k").set()
+        began = trio.current_time()
+        with trio.fail_after(60):
+            assert (await two.wait(waiter.id)).ok
+        assert trio.current_time() - began <= (0 if here else 1)
+        assert (await two.wait(writer.id)).ok
+
+
 @pytest.mark.mistake("a second process failed after a fixed wait for the file")
 async def test_a_lock_of_another_process_is_waited_for_without_blocking_the_loop(path: Path) -> None:
     machine = one_step(effect)
