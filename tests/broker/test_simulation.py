@@ -14,11 +14,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from tests.broker.machine_toys import EPOCH_S, Killer
 STEPS: Final = int(os.environ.get("IMGPULL_SOAK_STEPS", "5000"))
 SEED: Final = int(os.environ.get("IMGPULL_SOAK_SEED", "1"))
 LONGEST_S: Final = 5000.0  # of a life, by its own clock: longer than any backoff and grace together
+HANGS_S: Final = 600  # of a life, by the real clock, which usually shows less than a tenth of a second
 SOAK_LOG: Final = os.environ.get("IMGPULL_SOAK_LOG", "")
 WORLDS: Final = 25  # of one round
 IMAGES: Final = ("one", "two", "three")
@@ -176,12 +178,15 @@ class Lives(RuleBasedStateMachine):
 
     def run(self, processes: list[Process]) -> None:
         async def life() -> None:
-            with trio.fail_after(LONGEST_S):
+            async with trio.open_nursery() as watched:
+                watched.start_soon(hang_after, LONGEST_S)
                 async with trio.open_nursery() as nursery:
                     for process in processes:
                         nursery.start_soon(self.process, process)
+                watched.cancel_scope.cancel()
 
-        trio.run(life, clock=trio.testing.MockClock(autojump_threshold=0))
+        with watchdog(HANGS_S):
+            trio.run(life, clock=trio.testing.MockClock(autojump_threshold=0))
 
     async def process(self, process: Process) -> None:
         try:
@@ -213,6 +218,7 @@ class Lives(RuleBasedStateMachine):
                     hooks=Hooks(point=process.killer),
                     clock=self.wall,
                     rng=self.rng,
+                    poll_s=0.5,  # by the life's own clock; each look costs real time
                 ) as engine,
             ):
                 app.engine = engine
@@ -307,7 +313,9 @@ class Lives(RuleBasedStateMachine):
         with open_lookup(str(self.paths.database), migrations=store.MIGRATIONS) as lookup:
             if lookup is None:
                 return
-            assert problems(lookup) == []
+            # What is wrong in a finished run or in the log stays so, since triggers keep both from being changed: one
+            # look at a world's end finds it all. SQLite's own check is made by each life that opens the file.
+            assert not settled or problems(lookup) == []
             active = {record.machine for record in lookup.runs(active_only=True, limit=10_000)}
             ended = Counter((r.machine, r.outcome) for r in lookup.runs(limit=10_000) if not r.active)
             assert not settled or not active
@@ -390,6 +398,44 @@ class Lives(RuleBasedStateMachine):
                 assert store.image_by_ref(db, ref(image), self.settings.source) is None
 
 
+class HangError(Exception):
+    """A life does not end."""
+
+
+def tasks() -> str:
+    """Show every task of this run and where it waits."""
+    waiting, text = [(0, trio.lowlevel.current_root_task())], []
+    while waiting:
+        depth, task = waiting.pop()
+        if task is not None:
+            text.append(f"{'  ' * depth}{task.name}")
+            text.extend(f"{'  ' * depth}    {f.f_code.co_qualname}:{line}" for f, line in task.iter_await_frames())
+            waiting.extend((depth + 1, child) for nursery in task.child_nurseries for child in nursery.child_tasks)
+    return "\n".join(text)
+
+
+async def hang_after(seconds: float) -> None:
+    """Name the tasks of a life that goes on for too long by its own clock."""
+    await trio.sleep(seconds)
+    raise HangError(f"a life does not end within {seconds:g} s of its own clock:\n{tasks()}")
+
+
+@contextmanager
+def watchdog(seconds: int) -> Iterator[None]:
+    """Name the tasks of a life that turns on the spot, or waits for nothing: the real clock goes on."""
+
+    def bark(number: int, frame: object) -> None:
+        raise HangError(f"a life does not end within {seconds} s:\n{tasks()}")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def ref(image: str) -> str:
     return f"s3://bucket/images/{image}"
 
@@ -449,3 +495,30 @@ def finished_rounds(log: Path | None) -> tuple[int, int]:
 
 def steps() -> int:
     return sum(count for word, count in done.items() if word in OPERATIONS)
+
+
+async def never_comes_back() -> None:
+    await trio.Event().wait()
+
+
+def test_a_life_that_does_not_end_is_named_by_its_own_clock() -> None:
+    async def life() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_after, LONGEST_S)
+            nursery.start_soon(never_comes_back)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        trio.run(life, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert "never_comes_back" in str(caught.value.exceptions[0])
+
+
+def test_a_life_that_does_not_end_is_named_by_the_real_clock() -> None:
+    async def life() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(never_comes_back)
+            await trio.testing.wait_all_tasks_blocked()
+            signal.raise_signal(signal.SIGALRM)  # as the kernel does in the end
+
+    with watchdog(HANGS_S), pytest.raises(ExceptionGroup) as caught:
+        trio.run(life)
+    assert "never_comes_back" in str(caught.value.exceptions[0])
