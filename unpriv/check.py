@@ -176,7 +176,6 @@ def _warm_up(media: str, hasher: Hasher, in_force: limits.Limits) -> None:
     else:  # it will be refused by its name; the words for that are made ready
         _rehearse("tar", _small_tar(), hasher, in_force)
     hasher.stop()
-    gc.collect()
     gc.freeze()
     gc.disable()  # no cycles are made from here on, and a million entries would be walked again and again
 

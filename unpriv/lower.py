@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Union
 
 from privhelper import protocol
@@ -29,138 +28,117 @@ _KIND_MASK: Final = 1
 _SHIFT: Final = 3
 _LAYER_SHIFT: Final = 40
 MAX_DEPTH: Final = min(protocol.MAX_DEPTH, 256)  # as in limits.py: trees are walked by recursion
+MAX_PATH_BYTES: Final = protocol.MAX_PATH_BYTES
 PLACE: Final = b""  # the key under which a directory keeps its own place; no name is empty
 
 Tree = dict[bytes, Union[int, "Tree"]]
-_PLAIN_NAME: Final = re.compile(rb"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,100}")  # no dots first, no escapes, not too long
 
 _PIECE_BYTES: Final = 1 << 20
-
-
-def _to(limit: int) -> bytes:
-    """Return the expression of a number from 0 to ``limit`` without leading zeros; short ones are tried first."""
-    digits = str(limit)
-    shorter = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
-    smaller = [
-        f"{digits[:at]}[{1 if at == 0 else 0}-{int(digit) - 1}][0-9]{{{len(digits) - at - 1}}}"
-        for at, digit in enumerate(digits)
-        if int(digit) > (at == 0)
-    ]
-    return f"(?:{'|'.join([*shorter, *smaller, digits])})".encode("ascii")
-
-
 _HEAD: Final = re.compile(
-    rb'\{"bytes":(' + _to(protocol.MAX_CONTENT_BYTES) + rb'),"entries":(' + _to(protocol.MAX_ENTRIES) + rb"),"
+    rb'\{"bytes":(0|[1-9][0-9]{0,15}),"entries":(0|[1-9][0-9]{0,9}),'
     rb'"format":"imgpull\.layer/1","parent":(null|"sha256:[0-9a-f]{64}")\}\n'
 )
-_PLAIN: Final = rb'[^"\\\x00-\x1f\x7f-\xff]*'
-# What JSON writes for text, and one lone surrogate for each byte that is not UTF-8 (PEP 383); no other.
-_UNICODE: Final = (
-    rb"u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|dc[89a-f][0-9a-f])"
-)
-_STRING: Final = rb'"' + _PLAIN + rb'(?:\\(?:["\\bfnrt]|' + _UNICODE + rb")" + _PLAIN + rb')*"'
-_ID: Final = _to((1 << 32) - 2)
-_XATTR: Final = _STRING + rb':"(?:[0-9a-f]{2})*"'
-
-
-def _form(*fields: tuple[str, bytes]) -> re.Pattern[bytes]:
-    """Return the expression of an operation: group 1 is `in`, 2 the name without its quotes, 3 what is its own.
-
-    The keys come in the canonical order, so one expression accepts exactly the lines that manifest.py writes.
-    """
-    pairs = (b'"%s":%s' % (key.encode("ascii"), pattern) for key, pattern in fields)
-    return re.compile(rb"\{" + b",".join(pairs) + rb"\}\n")
-
-
-_IN: Final = ("in", b"(" + _to(protocol.MAX_ENTRIES) + b")")
-_NAME: Final = ("name", b'"(' + _STRING[1:-1] + b')"')
-_GID, _UID, _MODE = ("gid", _ID), ("uid", _ID), ("mode", _to(protocol.MAX_MODE))
-_MTIME: Final = ("mtime", _to(protocol.MAX_MTIME_NS))
-_XATTRS: Final = ("xattrs", rb"(\{(?:" + _XATTR + b"(?:," + _XATTR + rb")*)?\})")
-_SIZE: Final = b"(" + _to(protocol.MAX_FILE_BYTES) + b")"
-_FORMS: Final = {
-    b"enter": _form(_IN, _NAME, ("op", b'"enter"()')),
-    b"remove": _form(("dir", b"(true|false)"), _IN, _NAME, ("op", b'"remove"')),
-    b"dir": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"dir"'), _UID, _XATTRS),
-    b"meta": _form(_GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"meta"'), _UID, _XATTRS),
-    b"file": _form(
-        ("at", _to(protocol.MAX_PAYLOAD_BYTES)), _GID, _IN, _MODE, _MTIME, _NAME, ("op", b'"file"'),
-        ("sha256", b'"[0-9a-f]{64}"'), ("size", _SIZE), _UID, _XATTRS,
-    ),
-    b"symlink": _form(
-        _GID, _IN, _MTIME, _NAME, ("op", b'"symlink"'), ("target", b"(" + _STRING + b")"), _UID, ("xattrs", rb"\{\}")
-    ),
-    b"link": _form(_IN, _NAME, ("op", b'"link"'), ("to", rb"(\[" + _STRING + b"(?:," + _STRING + rb")*\])")),
+_META: Final = {"gid", "in", "mode", "mtime", "name", "op", "uid", "xattrs"}
+_KEYS: Final = {
+    "enter": {"in", "name", "op"},
+    "remove": {"dir", "in", "name", "op"},
+    "dir": _META,
+    "meta": _META,
+    "file": _META | {"at", "sha256", "size"},
+    "symlink": _META - {"mode"} | {"target"},
+    "link": {"in", "name", "op", "to"},
+}
+_MOST: Final = {
+    "at": protocol.MAX_PAYLOAD_BYTES, "gid": (1 << 32) - 2, "in": protocol.MAX_ENTRIES, "mode": protocol.MAX_MODE,
+    "mtime": protocol.MAX_MTIME_NS, "size": protocol.MAX_FILE_BYTES, "uid": (1 << 32) - 2,
 }  # fmt: skip
-_OP: Final = b'"op":"'  # within a string its quotes would be escaped, so the first one found is the key
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
+
+
+def _short(key: str) -> bytes:
+    """Return the expression of a number that has fewer digits than the largest one, so that it needs no comparison."""
+    return b"(?:0|[1-9][0-9]{0,%d})" % (len(str(_MOST[key])) - 2)
+
+
+# Nearly every line is one of these two, with plain names, small numbers and no attributes. All others are taken apart
+# by _operation, which says of any line whether it is one, these included.
+_ASCII: Final = rb'"\\/\x00-\x1f\x7f-\xff'  # all but what ends a name, what is escaped in one, and what it cannot hold
+_PLAIN_MODE: Final = b"(?:%b|[1-3][0-9]{3})" % _short("mode")  # of 4095: setuid programs too
+_PLAIN_NAME: Final = rb'"(\.?[^.%b][^%b]{0,250})"' % (_ASCII, _ASCII)
+_PLAIN_FILE: Final = re.compile(
+    rb'\{"at":(%b),"gid":%b,"in":(%b),"mode":%b,"mtime":%b,"name":%b,"op":"file","sha256":"[0-9a-f]{64}",'
+    rb'"size":(0|[1-9][0-9]{0,9}),"uid":%b,"xattrs":\{\}\}\n'
+    % (_short("at"), _short("gid"), _short("in"), _PLAIN_MODE, _short("mtime"), _PLAIN_NAME, _short("uid"))
+)
+_PLAIN_OTHER: Final = re.compile(
+    rb'\{"gid":%b,"in":(%b),(?:"mode":%b,"mtime":%b,"name":%b,"op":"(dir|meta)"|'
+    rb'"mtime":%b,"name":%b,"op":"symlink","target":"[A-Za-z0-9/_.+-]{1,200}"),"uid":%b,"xattrs":\{\}\}\n'
+    % (
+        *(_short("gid"), _short("in"), _PLAIN_MODE, _short("mtime"), _PLAIN_NAME),
+        *(_short("mtime"), _PLAIN_NAME, _short("uid")),
+    )
+)
 
 
 def _invalid(layer: int, line: int, reason: str) -> RejectedError:
     return RejectedError(LOWER_MANIFEST_INVALID, f"manifest {layer}, line {line}: {reason}")
 
 
-def unquote(text: bytes) -> bytes:
-    """Return the bytes of a JSON string, without its quotes, written as a manifest writes them. Raises ValueError."""
-    if b"\\" not in text:
-        return text
-    decoded: str = json.loads(b'"' + text + b'"')
-    found = decoded.encode("utf-8", "surrogateescape")
-    written = encode_basestring_ascii(found.decode("utf-8", "surrogateescape"))
-    if written[1:-1].encode("ascii") != text:
-        raise ValueError("a text that is not written as it should be")
+def _operation(line: bytes) -> dict[str, Any]:
+    """Return the operation of a line, if it is written exactly as manifest.py writes.
+
+    That is: as json.dumps writes what json.loads reads in it, with exactly the keys of its kind and values in range.
+    Raises KeyError, TypeError, ValueError, AttributeError or RejectedError for any other line.
+    """
+    if len(line) >= protocol.MAX_LINE_BYTES:
+        raise ValueError("a line that is too long")
+    try:
+        found: dict[str, Any] = json.loads(line)
+        written = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    except RecursionError as error:
+        raise ValueError("no operation is nested") from error
+    if written.encode("ascii") + b"\n" != line or found.keys() != _KEYS[found["op"]]:
+        raise ValueError("not the form of an operation")
+    for key, most in _MOST.items():
+        if key in found and not (type(found[key]) is int and 0 <= found[key] <= most):
+            raise ValueError(f"{key} is out of range")
+    if "dir" in found and type(found["dir"]) is not bool:
+        raise TypeError("neither a directory nor none")
+    if "sha256" in found and not _DIGEST.fullmatch(found["sha256"]):
+        raise ValueError("not a digest")
+    if found.get("size") == 0 and found["at"] != 0:
+        raise ValueError("a place for no content")
+    if "target" in found and not 1 <= len(raw(found["target"])) <= protocol.MAX_TARGET_BYTES:
+        raise ValueError("a target that symlink(2) does not take")
+    if "xattrs" in found:
+        _check_xattrs(found["xattrs"], found["op"])
     return found
 
 
-def _parse(line: bytes) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
-    """Return the name of an operation and its groups. Raises KeyError or ValueError for any other line."""
-    begin = line.index(_OP) + len(_OP)
-    op = line[begin : line.index(b'"', begin)]
-    match = _FORMS[op].fullmatch(line)
-    if match is None or len(line) >= protocol.MAX_LINE_BYTES:
-        raise ValueError("not the form of an operation")
-    if op == b"remove":  # its keys begin with `dir`
-        extra, into, name = match.groups()
-        return op, (into, name, extra)
-    into, name, extra = match.groups()
-    if op in (b"dir", b"meta"):
-        _check_xattrs(extra)
-    elif op == b"symlink":
-        target = unquote(extra[1:-1])
-        if not 1 <= len(target) <= protocol.MAX_TARGET_BYTES or b"\0" in target:
-            raise ValueError("a target that symlink(2) does not take")
-    return op, (into, name, extra)
+def raw(text: str) -> bytes:
+    """Return the bytes that a text stands for. Raises ValueError or TypeError where there are none."""
+    if not isinstance(text, str):
+        raise TypeError("no text")
+    found = text.encode("utf-8", "surrogateescape")
+    if b"\0" in found or found.decode("utf-8", "surrogateescape") != text:
+        raise ValueError("a NUL, or a text that is not written as it should be")
+    return found
 
 
-def _check_file(line: bytes, size: bytes, xattrs: bytes) -> int:
-    """Return the size of a file, whose line has the right form. Raises ValueError."""
-    if len(line) >= protocol.MAX_LINE_BYTES or (size == b"0" and not line.startswith(b'{"at":0,')):
-        raise ValueError("too long, or a place for no content")
-    _check_xattrs(xattrs)
-    return int(size)
-
-
-def _check_xattrs(text: bytes) -> None:
-    """Expect attributes that the protocol allows, in the order of their names. Raises ValueError."""
-    if text == b"{}":
-        return
-    pairs: list[tuple[str, str]] = json.loads(text, object_pairs_hook=list)
-    written = ",".join(f'{encode_basestring_ascii(name)}:"{value}"' for name, value in pairs)
-    names_only = [name for name, _ in pairs]
-    if "{" + written + "}" != text.decode("ascii") or names_only != sorted(set(names_only)):
-        raise ValueError("attributes that are not written as they should be")
-    if len(pairs) > protocol.MAX_XATTRS:
+def _check_xattrs(xattrs: dict[str, str], op: str) -> None:
+    """Expect attributes that the protocol allows. Raises ValueError, TypeError or AttributeError."""
+    if len(xattrs) > (0 if op == "symlink" else protocol.MAX_XATTRS):
         raise ValueError("too many attributes")
-    for name, value in pairs:
-        raw = unquote(encode_basestring_ascii(name)[1:-1].encode("ascii"))
-        plain = protocol.XATTR_PREFIX.encode("ascii")
-        allowed = name == protocol.XATTR_CAPABILITY or (raw.startswith(plain) and raw != plain)
-        if not allowed or len(raw) > protocol.MAX_XATTR_NAME_BYTES or b"\0" in raw:
-            raise ValueError("an attribute that is not allowed")
+    for name, value in xattrs.items():
+        if len(raw(name)) > protocol.MAX_XATTR_NAME_BYTES:
+            raise ValueError("an attribute whose name is too long")
         content = bytes.fromhex(value)
-        if len(content) > protocol.MAX_XATTR_VALUE_BYTES:
-            raise ValueError("an attribute that is too large")
+        if content.hex() != value or len(content) > protocol.MAX_XATTR_VALUE_BYTES:
+            raise ValueError("an attribute that is too large, or not in hexadecimal")
         if name == protocol.XATTR_CAPABILITY:
             rules.capability_invalid(content, rules.FILE)
+        elif not name.startswith(protocol.XATTR_PREFIX) or name == protocol.XATTR_PREFIX:
+            raise ValueError("an attribute that is not allowed")
 
 
 class Lower:
@@ -182,43 +160,38 @@ class Lower:
         """
         self._manifests.append(manifest)
         hasher = hashlib.sha256()
-        lines = self._lines(manifest, hasher)
         layer = len(self._manifests)
-        head = _HEAD.fullmatch(next(lines, (0, b""))[1])
+        pieces = self._pieces(manifest, hasher)
+        offset, piece = next(pieces, (0, b""))
+        head = _HEAD.match(piece)
         parent = b"null" if self.digest is None else f'"{self.digest}"'.encode("ascii")
         if head is None or head[3] != parent:
             raise _invalid(layer, 1, "a wrong first line, or not the child of the layer below")
-        replay = _Replay(self.root)
-        plain_file = _FORMS[b"file"].fullmatch  # most lines
-        count = content_bytes = 0
-        for count, (offset, line) in enumerate(lines, 1):
-            place = (layer - 1) << _LAYER_SHIFT | offset if self._with_places else 0
-            try:
-                if match := plain_file(line):
-                    into, name, size, xattrs = match.groups()
-                    content_bytes += _check_file(line, size, xattrs)
-                    replay.leaf(into, name, place << _SHIFT | LEAF_FILE)
-                else:
-                    op, groups = _parse(line)
-                    replay.apply(count, op, *groups, place)
-            except (RejectedError, KeyError, TypeError, ValueError) as error:
-                raise _invalid(layer, count + 1, f"does not fit: {error}") from error
-        if (content_bytes, count) != (int(head[1]), int(head[2])):
-            raise _invalid(layer, count + 1, f"{count} operations, {content_bytes} bytes; the first line differs")
+        replay = _Replay(self.root, self._with_places)
+        place = (layer - 1) << _LAYER_SHIFT
+        try:
+            replay.apply(piece, head.end(), place)
+            for offset, piece in pieces:
+                replay.apply(piece, 0, place | offset)
+        except (AttributeError, KeyError, RejectedError, TypeError, ValueError) as error:
+            raise _invalid(layer, replay.count + 1, f"does not fit: {error}") from error
+        if (replay.content_bytes, replay.count) != (int(head[1]), int(head[2])):
+            found = f"{replay.count} operations, {replay.content_bytes} bytes"
+            raise _invalid(layer, replay.count + 1, f"{found}; the first line differs")
         self.digest = f"sha256:{hasher.hexdigest()}"
 
-    def _lines(self, manifest: Blob, hasher: Any) -> Iterator[tuple[int, bytes]]:
-        """Yield each line with its offset."""
+    def _pieces(self, manifest: Blob, hasher: Any) -> Iterator[tuple[int, bytes]]:
+        """Yield whole lines, many at once, with their offset; what is behind the last newline comes alone, last."""
         offset, held = 0, b""
-        while piece := manifest.read_at(offset + len(held), _PIECE_BYTES):
+        while read := manifest.read_at(offset + len(held), _PIECE_BYTES):
             self._tick()
-            hasher.update(piece)
-            lines = (held + piece).splitlines(keepends=True)
-            held = lines.pop() if not lines[-1].endswith(b"\n") else b""
-            for line in lines:
-                yield offset, line
-                offset += len(line)
-            if len(held) > protocol.MAX_LINE_BYTES:
+            hasher.update(read)
+            end = read.rfind(b"\n") + 1
+            if end:
+                piece = held + read[:end]
+                yield offset, piece
+                offset, held = offset + len(piece), read[end:]
+            elif len(held := held + read) > protocol.MAX_LINE_BYTES:
                 break
         if held:
             yield offset, held
@@ -234,84 +207,133 @@ class Lower:
 class _Replay:
     """The operations of one manifest, depth first over one tree."""
 
-    def __init__(self, root: Tree):
+    def __init__(self, root: Tree, with_places: bool):
+        self.count = 0
+        self.content_bytes = 0
         self._root = root
+        self._with_places = with_places
         # Number, tree and length of the path, with its slash, of each directory on the way.
         self._stack: list[tuple[bytes, Tree, int]] = [(b"0", root, 0)]
 
-    def apply(self, number: int, op: bytes, into: bytes, quoted: bytes, extra: bytes, place: int) -> None:
-        """Apply one operation. Raises KeyError, TypeError or ValueError where it does not fit."""
-        if op == b"meta" and not quoted:
-            if number != 1 or into != b"0":
-                raise ValueError("the root's own operation is not the first")
-            self._keep_place(self._root, place)
-        elif op in (b"enter", b"meta"):
-            parent, name = self._parent(into), _component(quoted)
-            self._enter(number, name, parent[name], place if op == b"meta" else None)
-        elif op == b"remove":
-            _remove(self._parent(into), _component(quoted), extra == b"true")
-        elif op == b"dir":
-            parent, name, made = self._parent(into), _component(quoted), Tree()
-            if name in parent:
-                raise ValueError("it exists")
-            parent[name] = made
-            self._enter(number, name, made, place)
-        elif op == b"link":
-            self.leaf(into, quoted, self._file(extra) | LEAF_LINK)
-        else:
-            self.leaf(into, quoted, place << _SHIFT | LEAF_SYMLINK)
+    def apply(self, piece: bytes, position: int, place: int) -> None:
+        """Apply all operations behind a position; ``place`` is that of the piece's first byte.
 
-    def leaf(self, into: bytes, quoted: bytes, node: int) -> None:
-        """Put something that is no directory into one."""
-        if into != self._stack[-1][0]:
-            self._parent(into)
-        _, parent, length = self._stack[-1]
-        name = quoted if _PLAIN_NAME.fullmatch(quoted) else _component(quoted)
-        if name in parent or length + len(name) > protocol.MAX_PATH_BYTES:
-            raise ValueError("it exists, or its path is too long")
-        parent[name] = node
+        Raises: KeyError, RejectedError, TypeError or ValueError where one does not fit.
+        """
+        plain_file, stack, with_places, longest = _PLAIN_FILE.match, self._stack, self._with_places, MAX_PATH_BYTES
+        end = len(piece)
+        while position < end:
+            self.count += 1
+            leaf = (place + position) << _SHIFT if with_places else 0
+            match = plain_file(piece, position)
+            if match is None:
+                position = self._apply_other(piece, position, leaf)
+                continue
+            at, into, name, size = match.groups()
+            if into != stack[-1][0]:
+                self._parent(into)
+            _, parent, length = stack[-1]
+            if name in parent or length + len(name) > longest or (size == b"0" != at):
+                raise ValueError("it exists, or its path is too long, or it has a place for no content")
+            parent[name] = leaf
+            self.content_bytes += int(size)
+            position = match.end()
+
+    def _apply_other(self, piece: bytes, position: int, leaf: int) -> int:
+        """Apply the operation at a position; return where the next one begins."""
+        match = _PLAIN_OTHER.match(piece, position)
+        if match is None:
+            end = piece.find(b"\n", position) + 1 or len(piece)
+            self._apply_any(_operation(piece[position:end]), leaf)
+            return end
+        into, directory, op, symlink = match.groups()
+        self._parent(into)
+        if op is None:
+            self._leaf(symlink, leaf | LEAF_SYMLINK)
+        else:
+            self._directory(op == b"dir", directory, leaf)
+        return match.end()
+
+    def _apply_any(self, operation: dict[str, Any], leaf: int) -> None:
+        """Apply any operation."""
+        op, name = operation["op"], raw(operation["name"])
+        if op == "meta" and not name:
+            if (self.count, operation["in"]) != (1, 0):
+                raise ValueError("the root's own operation is not the first")
+            self._keep_place(self._root, leaf)
+            return
+        parent = self._parent(b"%d" % operation["in"])
+        _expect_component(name)
+        if op == "enter":
+            self._enter(name, parent[name])
+        elif op == "remove":
+            _remove(parent, name, operation["dir"])
+        elif op in ("dir", "meta"):
+            self._directory(op == "dir", name, leaf)
+        elif op == "link":
+            self._leaf(name, self._file(operation["to"]) | LEAF_LINK)
+        elif op == "symlink":
+            self._leaf(name, leaf | LEAF_SYMLINK)
+        else:
+            self._leaf(name, leaf)
+            self.content_bytes += operation["size"]
 
     def _parent(self, into: bytes) -> Tree:
-        """Return the directory of an operation, which must be on the way to the last one entered."""
+        """Return the directory of an operation, which must be on the way to the last one entered, and stand in it."""
         while self._stack[-1][0] != into:
             self._stack.pop()
             if not self._stack:
                 raise ValueError("its directory is not on the way from the root")
         return self._stack[-1][1]
 
-    def _enter(self, number: int, name: bytes, node: "int | Tree", place: int | None) -> None:
+    def _leaf(self, name: bytes, node: int) -> None:
+        """Put something that is no directory where we stand."""
+        _, parent, length = self._stack[-1]
+        if name in parent or length + len(name) > MAX_PATH_BYTES:
+            raise ValueError("it exists, or its path is too long")
+        parent[name] = node
+
+    def _directory(self, is_new: bool, name: bytes, leaf: int) -> None:
+        """Make a directory where we stand, or meet one again, and enter it."""
+        parent = self._stack[-1][1]
+        if is_new:
+            if name in parent:
+                raise ValueError("it exists")
+            parent[name] = Tree()
+        directory = self._enter(name, parent[name])
+        self._keep_place(directory, leaf)
+
+    def _enter(self, name: bytes, node: "int | Tree") -> Tree:
         if isinstance(node, int):
             raise TypeError("it is no directory")
         length = self._stack[-1][2] + len(name)
-        if len(self._stack) > MAX_DEPTH or length > protocol.MAX_PATH_BYTES:
+        if len(self._stack) > MAX_DEPTH or length > MAX_PATH_BYTES:
             raise ValueError("too deep, or its path is too long")
-        self._stack.append((b"%d" % number, node, length + 1))
-        if place is not None:
-            self._keep_place(node, place)
+        self._stack.append((b"%d" % self.count, node, length + 1))
+        return node
 
-    @staticmethod
-    def _keep_place(directory: Tree, place: int) -> None:
-        if place:
-            directory[PLACE] = place << _SHIFT
+    def _keep_place(self, directory: Tree, leaf: int) -> None:
+        if self._with_places:
+            directory[PLACE] = leaf
 
-    def _file(self, untrusted_to: bytes) -> int:
+    def _file(self, untrusted_to: list[str]) -> int:
         """Return the leaf that a link names."""
         node: int | Tree = self._root
-        for name in json.loads(untrusted_to):
+        for name in untrusted_to:
             if isinstance(node, int):
                 raise TypeError("the target's parent is no directory")
-            node = node[_component(encode_basestring_ascii(name)[1:-1].encode("ascii"))]
-        if not isinstance(node, int):
+            component = raw(name)
+            _expect_component(component)
+            node = node[component]
+        if not isinstance(untrusted_to, list) or not isinstance(node, int):
             raise TypeError("the target is neither file nor symbolic link")
         return node
 
 
-def _component(quoted: bytes) -> bytes:
-    """Return a name that is one component. Raises ValueError for anything else."""
-    name = unquote(quoted)
-    if not 1 <= len(name) <= protocol.MAX_NAME_BYTES or b"/" in name or b"\0" in name or name in (b".", b".."):
+def _expect_component(name: bytes) -> None:
+    """Expect a name that is one component. Raises ValueError for anything else."""
+    if not 1 <= len(name) <= protocol.MAX_NAME_BYTES or b"/" in name or name in (b".", b".."):
         raise ValueError("a name that is no component")
-    return name
 
 
 def _remove(parent: Tree, name: bytes, is_directory: bool) -> None:

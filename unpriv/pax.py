@@ -9,7 +9,6 @@ import binascii
 import re
 from collections.abc import Iterator
 from typing import Final
-from urllib.parse import unquote_to_bytes
 
 from unpriv.limits import Limits
 from unpriv.rulebook import RejectedError, rule
@@ -36,6 +35,7 @@ XATTR_DROPPED: Final = rule("xattr_dropped", "drop")
 
 _RECORD_HEAD: Final = re.compile(rb"([1-9][0-9]{0,7}) ([^=\0\n\t ][^=\0\n]*)=")  # one blank, then the key
 _DECIMAL: Final = re.compile(rb"[0-9]{1,30}")
+_ESCAPED: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
 _TIME: Final = re.compile(rb"(-?)([0-9]{1,30})(?:\.([0-9]*))?")
 _MAX_NUMBER: Final = (1 << 63) - 1
 _NS: Final = 1_000_000_000
@@ -212,7 +212,7 @@ def _time(value: bytes, what: str) -> int:
 def _expect_private_xattrs(xattrs: dict[bytes, bytes], private: dict[bytes, bytes]) -> None:
     """Let bsdtar's second copy of an attribute pass only where it says the same as the one that all readers know."""
     for key, value in private.items():
-        name = unquote_to_bytes(key[len(_PRIVATE_XATTR) :])
+        name = _ESCAPED.sub(lambda match: bytes.fromhex(match[1].decode("ascii")), key[len(_PRIVATE_XATTR) :])
         try:
             decoded = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
         except binascii.Error as error:

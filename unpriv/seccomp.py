@@ -13,13 +13,13 @@ CONSTANTS. A negative value means a C int: it holds for both of its 64-bit forms
 """
 
 import errno
+import os
 import re
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final, NamedTuple
 
-POLICY: Final = Path(__file__).resolve().parent.parent / "policy" / "syscalls"
+POLICY: Final = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "policy", "syscalls")
 
 # The names that a policy may use for a value; from linux/*.h of the same name.
 CONSTANTS: Final = {
@@ -84,7 +84,12 @@ def load(name: str, machine: str) -> list[Rule]:
         PolicyError: a line is not understood, or the architecture is not supported.
         OSError: there is no such policy.
     """
-    return parse((POLICY / f"{name}.seccomp").read_text("utf-8"), f"{name}.seccomp", machine)
+    return parse(_read(f"{name}.seccomp"), f"{name}.seccomp", machine)
+
+
+def _read(name: str) -> str:
+    with open(os.path.join(POLICY, name), encoding="utf-8") as file:
+        return file.read()
 
 
 def parse(text: str, source: str, machine: str) -> list[Rule]:
@@ -101,7 +106,7 @@ def parse(text: str, source: str, machine: str) -> list[Rule]:
 
 def _numbers(machine: str) -> dict[str, int | None]:
     column = {"x86_64": 1, "aarch64": 2}[machine]
-    rows = (line.split() for line in (POLICY / "numbers.txt").read_text("ascii").splitlines() if line[0] != "#")
+    rows = (line.split() for line in _read("numbers.txt").splitlines() if line[0] != "#")
     return {row[0]: None if row[column] == "-" else int(row[column]) for row in rows}
 
 

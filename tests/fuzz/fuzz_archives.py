@@ -104,7 +104,7 @@ def judge(chance: random.Random, media: str, data: bytes, lowers: list[bytes]) -
         if report["type"] == "rejected":
             assert not manifest
             for violation in (*report["violations"], *thorough["violations"]):
-                assert rulebook.load()[violation["rule"]]["kind"] == "refuse"
+                assert rulebook.load()[violation["rule"]].words["kind"] == "refuse"
             return str(report["violations"][0]["rule"]), data
         assert len(payload) <= max(TIGHT.stream.ratio_floor_bytes, TIGHT.stream.ratio * len(data))
         expect_root_to_agree(manifest)

@@ -173,10 +173,8 @@ def test_ends(tmp_path: Path, lines: str, code: int, said: str) -> None:
 
 
 def test_a_broken_rulebook_is_a_matter_of_configuration(tmp_path: Path) -> None:
-    book = blob(tmp_path, rulebook.BOOK.read_bytes().replace(b"\nkind = ", b"\nkinds = ", 1), "rules.toml")
-    lines = (
-        f"import pathlib\nverify = c.rulebook.verify\nc.rulebook.verify = lambda: verify(pathlib.Path({str(book)!r}))"
-    )
+    book = blob(tmp_path, Path(rulebook.BOOK).read_bytes().replace(b"\nkind = ", b"\nkinds = ", 1), "rules.toml")
+    lines = f"verify = c.rulebook.verify\nc.rulebook.verify = lambda: verify({str(book)!r})"
     ran = run_program(blob(tmp_path, HONEST), command=patched(lines))
     assert (ran.code, ran.lines) == (78, [])
     line = next(n for n, text in enumerate(book.read_text("utf-8").splitlines(), 1) if text.startswith("["))

@@ -163,6 +163,43 @@ def test_good_operations_of_the_same_kinds() -> None:
     assert {name for name in replay(good).root if name} == {b"h"}
 
 
+VALUES = {
+    "mode": (0, 999, 1000, 3999, 4000, 0o7777, 0o10000, -1),
+    "uid": (0, 9, 999_999_999, (1 << 32) - 2, (1 << 32) - 1),
+    "gid": (0, 4_000_000_000, (1 << 32) - 1),
+    "mtime": (0, protocol.MAX_MTIME_NS, protocol.MAX_MTIME_NS + 1, 10**19),
+    "name": ("a", ".a", ".", "..", "...", "..a", "a.", "n" * 251, "n" * 252, "n" * 255, "n" * 256, "a b", "é", "a\x7f"),
+    "size": (0, 1, 9_999_999_999, 10**10, protocol.MAX_FILE_BYTES, protocol.MAX_FILE_BYTES + 1),
+    "at": (0, 512, protocol.MAX_PAYLOAD_BYTES, protocol.MAX_PAYLOAD_BYTES + 1),
+}
+TAKEN = {
+    "mode": {0, 999, 1000, 3999, 4000, 0o7777},
+    "uid": {0, 9, 999_999_999, (1 << 32) - 2},
+    "gid": {0, 4_000_000_000},
+    "mtime": {0, protocol.MAX_MTIME_NS, 10**19},
+    "name": {*VALUES["name"]} - {".", "..", "n" * 256},
+    "size": {0, 1, 9_999_999_999, 10**10, protocol.MAX_FILE_BYTES},
+    "at": {0, 512, protocol.MAX_PAYLOAD_BYTES},
+}
+
+
+@pytest.mark.parametrize("op", ["file", "dir", "symlink"])
+@pytest.mark.parametrize("key", VALUES)
+def test_values_up_to_their_bounds(op: str, key: str) -> None:
+    """The plain lines, which are taken by one expression, and all others have the same bounds."""
+    plain = json.loads({"file": FILE, "dir": DIR, "symlink": SYMLINK}[op])
+    if op == "file":
+        plain |= {"size": 1, "at": 1}
+    for value in VALUES[key] if key in plain else ():
+        changed = plain | {key: value} | ({"at": 0} if value == 0 and key == "size" else {})
+        head = line(bytes=changed.get("size", 0), entries=1, format="imgpull.layer/1", parent=None)
+        if value in TAKEN[key]:
+            assert len(replay(head + line(**changed)).root) == 1
+        else:
+            with pytest.raises(RejectedError):
+                replay(head + line(**changed))
+
+
 def test_the_deepest_tree_can_be_listed_and_removed() -> None:
     lower = replay(nested(256))
     assert len(list(listing.rows(lower))) == 256
