@@ -29,6 +29,8 @@ from broker.store import Paths
 Verdict = Literal["ok", "warn", "fail"]
 LANDLOCK_CREATE_RULESET: Final = 444  # the same number on every architecture; landlock_create_ruleset(2)
 LANDLOCK_VERSION: Final = 1  # its flag that asks for the ABI only
+CLOCK_WARN_S: Final = 5  # a clock that anybody keeps right is nearer
+CLOCK_FAIL_S: Final = 900  # AWS Signature Version 4: from here on requests are answered with RequestTimeTooSkewed
 MIN_KERNEL: Final = (5, 12)  # idmapped mounts, mount_setattr(2)
 TARGET_VERSIONS: Final = Path("/sys/module")
 # systemd.unit(5), in the order in which systemd prefers them.
@@ -251,14 +253,23 @@ def _s3(settings: Settings, reference: Reference | None) -> Iterator[Finding]:
     if reference is None:
         yield Finding("ok", "bucket", "not asked: `imgpull doctor REF` tries one")
         return
-    try:
-        layers = work.layers_of(settings, reference)
-    except ImgpullError as error:
-        what, why, advice = error.problem.lines()
+    bucket = work.ask_bucket(settings, reference)
+    if bucket.error is not None:
+        what, why, advice = bucket.error.problem.lines()
         yield Finding("fail", "bucket", f"{what}: {why}", advice)
-        return
-    total = sum(layer.pin.size for layer in layers)
-    yield Finding("ok", "bucket", f"{reference}: {len(layers)} layers, {console.size(total)}")
-    if not none:
-        # AWS Signature Version 4: a request whose time is off by more is answered with RequestTimeTooSkewed.
-        yield Finding("ok", "clock", "within the 15 minutes that S3 allows")
+    else:
+        total = sum(layer.pin.size for layer in bucket.layers)
+        yield Finding("ok", "bucket", f"{reference}: {len(bucket.layers)} layers, {console.size(total)}")
+    if bucket.clock_ahead_s is not None:
+        yield _clock(bucket.clock_ahead_s)
+
+
+def _clock(ahead_s: int) -> Finding:
+    """Judge how far this machine's clock is from the server's, which tells whole seconds only."""
+    off_s = abs(ahead_s)
+    told = (
+        f"{off_s} s {'ahead of' if ahead_s > 0 else 'behind'} the server's" if off_s > 1 else "agrees with the server's"
+    )
+    level: Verdict = "ok" if off_s <= CLOCK_WARN_S else "warn" if off_s < CLOCK_FAIL_S else "fail"
+    limit = f"; S3 refuses from {CLOCK_FAIL_S} s on" if level != "ok" else ""
+    return Finding(level, "clock", f"{told}{limit}", "as root: `timedatectl set-ntp true`; see `timedatectl status`")

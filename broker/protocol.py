@@ -168,6 +168,9 @@ class Fetch(Message):
     expect: Digest | None = None
 
 
+Seconds = Annotated[int, Field(ge=-(1 << 40), le=1 << 40)]  # how far our clock is ahead of the server's, if it told
+
+
 class Ready(Message):
     """The fetcher's sandbox holds; ``layers`` names what took and what the kernel lacks."""
 
@@ -183,6 +186,7 @@ class Pins(Message):
     type: Literal["pins"] = "pins"
     id: Count
     pins: Annotated[list[Pin], Field(max_length=MAX_LAYERS + 1)]
+    clock_ahead_s: Seconds | None = None
 
 
 class FetchProgress(Message):
@@ -219,6 +223,7 @@ class FetchFailed(Message):
     code: FetchCode
     message: Text
     retryable: bool
+    clock_ahead_s: Seconds | None = None
 
 
 CheckReport = Annotated[Accepted | Rejected | CheckProgress, Field(discriminator="type")]

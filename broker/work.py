@@ -408,14 +408,28 @@ def fetcher_ready(settings: Settings) -> protocol.Ready:
     return run(work)
 
 
-def layers_of(settings: Settings, reference: Reference) -> list[machines.LayerSpec]:
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What S3 answers when it is asked for an image, and what it says the time is."""
+
+    layers: list[machines.LayerSpec]
+    error: ImgpullError | None
+    clock_ahead_s: int | None
+
+
+def ask_bucket(settings: Settings, reference: Reference) -> Bucket:
     """Ask S3 which layers an image has."""
     endpoint = endpoint_of(settings)
     request = machines.PullRequest(ref=str(reference), source=settings.source, endpoint=endpoint, name=None)
 
-    async def work() -> list[machines.LayerSpec]:
+    async def work() -> Bucket:
         async with running(settings, Reporter()) as app:
-            return (await machines.pin_layers(app, request)).layers
+            session = await app.fetcher(endpoint)
+            try:
+                layers = (await machines.pin_layers(app, request)).layers
+            except ImgpullError as error:
+                return Bucket([], error, session.clock_ahead_s)
+            return Bucket(layers, None, session.clock_ahead_s)
 
     return run(work)
 

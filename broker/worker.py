@@ -188,6 +188,7 @@ class Fetcher:
         self._ended: ImgpullError | None = None
         self._refusal: ImgpullError | None = None
         self.ready: wire.Ready | None = None
+        self.clock_ahead_s: int | None = None  # this machine's, against the server's; once S3 was asked
         self._is_ready = trio.Event()
         self.last_words = bytearray()
 
@@ -273,7 +274,10 @@ class Fetcher:
         if isinstance(report, wire.Ready):
             self.ready = report
             self._is_ready.set()
-        elif report.id == 0 and isinstance(report, wire.FetchFailed):
+            return
+        if isinstance(report, wire.Pins | wire.FetchFailed):
+            self.clock_ahead_s = report.clock_ahead_s
+        if report.id == 0 and isinstance(report, wire.FetchFailed):
             self._refusal = fetch_error(report)  # it could not even start; the end of its output tells everybody
         elif report.id in self._waiting:
             self._waiting[report.id].send_nowait(report)

@@ -99,7 +99,11 @@ class Fetcher:
                 report = await self._answer(request)
         except FetchError as error:
             report = FetchFailed(
-                id=request.id, code=error.code, message=error.message[:8000], retryable=error.retryable
+                id=request.id,
+                code=error.code,
+                message=error.message[:8000],
+                retryable=error.retryable,
+                clock_ahead_s=self.client.clock.ahead_s,
             )
         await self.reports.send(report)
 
@@ -109,9 +113,10 @@ class Fetcher:
             return await self._fetch(request)
         if isinstance(request, Head):
             pin = await self._control(request.id, bind(self.client.head, request.bucket, request.key))
-            return Pins(id=request.id, pins=[pin])
+            return Pins(id=request.id, pins=[pin], clock_ahead_s=self.client.clock.ahead_s)
         pins = await self._control(request.id, bind(self.client.list, request.bucket, request.prefix))
-        return Pins(id=request.id, pins=await self._with_versions(request.id, pins))
+        pins = await self._with_versions(request.id, pins)
+        return Pins(id=request.id, pins=pins, clock_ahead_s=self.client.clock.ahead_s)
 
     async def _with_versions(self, request_id: int, pins: list[Pin]) -> list[Pin]:
         """Return the pins of a listing with their versions, which a listing does not tell. Raises: FetchError.

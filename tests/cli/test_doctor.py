@@ -51,6 +51,35 @@ def test_missing_image_and_helper_are_failures_with_their_remedies(world: World,
     assert "-> check the bucket and the key" in out
 
 
+@pytest.mark.parametrize(
+    ("ahead_s", "verdict", "text"),
+    [
+        (1, "ok", "agrees with the server's"),
+        (-5, "ok", "5 s behind the server's"),
+        (6, "warn", "6 s ahead of the server's; S3 refuses from 900 s on"),
+        (-899, "warn", "899 s behind the server's; S3 refuses from 900 s on"),
+        (900, "fail", "900 s ahead of the server's; S3 refuses from 900 s on"),
+    ],
+)
+def test_clock_is_held_against_the_servers(ahead_s: int, verdict: str, text: str, world: World, units: Path) -> None:
+    world.put("one", b"a")
+    (world.folder / "clock").write_text(str(ahead_s))
+    found = findings(world, REF)["clock"]
+    assert (found["verdict"], found["text"]) == (verdict, text)
+    assert "timedatectl set-ntp true" in found["remedy"]
+
+
+def test_clock_is_told_also_where_the_server_refuses(world: World, units: Path) -> None:
+    (world.folder / "clock").write_text("5000")
+    found = findings(world, "s3://bucket/images/absent")
+    assert (found["bucket"]["verdict"], found["clock"]["verdict"]) == ("fail", "fail")
+
+
+def test_server_that_does_not_tell_the_time_is_not_judged(world: World, units: Path) -> None:
+    world.put("one", b"a")
+    assert "clock" not in findings(world, REF)
+
+
 def test_unit_that_was_changed_or_is_missing_is_noticed(world: World, units: Path) -> None:
     (units / SOCKET).write_text("[Socket]\nSocketMode=0666\n")
     assert "differs" in findings(world)[SOCKET]["text"]

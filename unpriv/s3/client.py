@@ -14,6 +14,7 @@ import botocore.exceptions as aws
 
 from broker.protocol import MAX_LAYERS, Pin
 from unpriv.failures import FetchError, quote
+from unpriv.s3.clock import Clock
 from unpriv.s3.errors import NOT_S3, translated
 
 Algorithm = Literal["sha256", "crc64nvme", "crc32c", "crc32"]
@@ -50,6 +51,7 @@ class Client:
     attempts: int | None  # as the AWS configuration of the user says
     readable: tuple[str, ...]  # files and folders that this module reads later
     writable: tuple[str, ...]  # folders in which refreshed tokens are kept
+    clock: Clock
 
     def list(self, bucket: str, prefix: str) -> list[Pin]:
         """Return the objects under a prefix, no deeper level, in the server's order.

@@ -21,6 +21,7 @@ from botocore.config import Config
 from broker.protocol import Endpoint
 from unpriv.failures import FetchError, quote
 from unpriv.s3.client import Client
+from unpriv.s3.clock import Clock
 from unpriv.s3.errors import translated
 from unpriv.s3.line import make_cuttable
 
@@ -69,6 +70,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
         )
         check_url(client.meta.endpoint_url)
         make_cuttable(client)
+        client.meta.events.register("after-call.s3", (clock := Clock()).hear)
         source, secrets = _credentials(session, endpoint)
         attempts = session._session.get_config_variable("max_attempts")
         warm_up()
@@ -81,6 +83,7 @@ def connect(endpoint: Endpoint, streams: int, *, connect_timeout_s: float, read_
             int(attempts) if attempts else None,
             readable_files(session, endpoint),
             tuple(path for path in map(os.path.expanduser, TOKEN_CACHES) if os.path.isdir(path)),
+            clock,
         )
 
 
