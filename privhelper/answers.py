@@ -216,12 +216,13 @@ class Answers:
                 raise TakenError(f"activation {name} is being made by another process")
             self._admission.check_activation(status, size if mode == "rw" else 0)
 
-        columns = {"name": name, "mode": mode, "size": size, "asked_size": asked_size}
-        dev = self._devices.create("activation", layer, self._uid, origin, admit, **columns)
-        with self._devices.making(dev):
+        def finish(dev: int) -> None:
             self._store.resize(dev, size)
             self._store.settle(dev)
-            self._ledger.record(dev, "granted")
+
+        columns = {"name": name, "mode": mode, "size": size, "asked_size": asked_size}
+        dev = self._devices.create("activation", layer, self._uid, origin, admit, finish, **columns)
+        self._ledger.unlock(dev)
         return dev
 
     def answer_deactivate(self, fields: Message, fds: list[int]) -> Answer:

@@ -50,11 +50,13 @@ class Devices:
         self.ledger, self.store = Ledger(state_dir), open_store(policy)
 
     def create(
-        self, kind: str, layer: str, uid: int, origin: int, admit: Callable[[PoolStatus], None], **columns: Any
-    ) -> int:
+        self, kind: str, layer: str, uid: int, origin: int, admit: Callable[[PoolStatus], None],
+        finish: Callable[[int], None] | None = None, **columns: Any,
+    ) -> int:  # fmt: skip
         """Make a copy of ``origin`` and keep its lock.
 
-        ``admit`` runs in the transaction that writes the intent, and raises AnswerError to refuse.
+        ``admit`` runs in the transaction that writes the intent, and raises AnswerError to refuse. A copy that needs
+        nothing but a short ``finish`` is granted at once: it has one step less in the ledger, which costs syncs.
         """
         dev = None
         try:
@@ -64,7 +66,9 @@ class Devices:
                     admit(status)
                     dev = self.ledger.intend(kind, layer, uid, **columns)
                 self.store.create(dev, origin)
-                self.ledger.record(dev, "created", self.store.advance(status.transaction))
+                if finish:
+                    finish(dev)
+                self.ledger.record(dev, "granted" if finish else "created", self.store.advance(status.transaction))
         except BaseException:
             if dev is not None:
                 self._abandon(dev)

@@ -5,10 +5,12 @@ Rule 2: whether a device is live is never written here; it is asked of the kerne
 Rule 3: a lock is an open-file-description lock (fcntl(2)): it dies with its process, no row and no pid stands for one.
 Rule 4: a device number is used once, for ever (AUTOINCREMENT); whoever holds the lock of a number owns what it does.
 
-A device goes creating -> created -> populated -> sealed (a layer) or creating -> created -> granted (an activation),
-and removing -> no row. Only ``sealed`` and ``granted`` survive their process: whatever else is found with its lock free
+A device goes creating -> created -> populated -> sealed (a layer) or creating -> granted (an activation), and removing
+-> no row. Only ``sealed`` and ``granted`` survive their process: whatever else is found with its lock free
 was left by a crash. The journal is a rollback journal with synchronous=EXTRA: SQLite before 3.51.3 can corrupt a
-database in WAL mode (the WAL-reset bug), and a commit costs a handful of syncs either way.
+database in WAL mode (the WAL-reset bug), and a commit costs a handful of syncs either way. It is kept and its header
+overwritten (PERSIST), which is as durable as to make and to delete it each time, without two changes of the folder that
+a file system has to write out (https://www.sqlite.org/pragma.html#pragma_journal_mode).
 """
 
 import fcntl
@@ -58,7 +60,7 @@ class Ledger:
     def __init__(self, state_dir: str) -> None:
         self._database = sqlite3.connect(os.path.join(state_dir, "ledger.db"), timeout=30, isolation_level=None)
         self._database.row_factory = Row
-        for pragma in ("journal_mode = DELETE", "synchronous = EXTRA", "foreign_keys = ON", "trusted_schema = OFF"):
+        for pragma in ("journal_mode = PERSIST", "synchronous = EXTRA", "foreign_keys = ON", "trusted_schema = OFF"):
             self._database.execute(f"PRAGMA {pragma}")
         if not self.one("PRAGMA user_version")[0]:
             self._lay_out()

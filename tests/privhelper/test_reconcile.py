@@ -277,7 +277,7 @@ def test_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 def test_ledger_is_as_durable_as_it_says(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path))
-    assert ledger.one("PRAGMA journal_mode")[0] == "delete"
+    assert ledger.one("PRAGMA journal_mode")[0] == "persist"
     assert ledger.one("PRAGMA synchronous")[0] == 3  # EXTRA
     with ledger.transaction():
         first = ledger.intend("layer", "a", 1)
