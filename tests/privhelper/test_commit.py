@@ -85,6 +85,30 @@ def test_upper_layer_changes_only_what_it_says(installation: Installation, layer
     assert not any("user.note" in text for text in tree)  # meta says all there is
 
 
+def test_owner_of_a_file_is_never_that_of_its_directory(installation: Installation, tmp_path: Path) -> None:
+    base = Layer()
+    for name in ("entered", "opened", "closed"):  # a setgid directory gives its group to what is created in it
+        base.directory(0, name, 0o2755 if name != "opened" else 0o755, uid=3, gid=50)
+    upper = Layer(base.id())
+    entered = upper.add(op="enter", into=0, name="entered")
+    upper.file(entered, "file", b"a")
+    for name, mode in (("opened", 0o2755), ("closed", 0o755)):
+        directory = upper.directory(0, name, mode, op="meta", uid=3, gid=50)
+        upper.file(directory, "file", b"a")
+        below = upper.directory(directory, "below")
+        upper.file(below, "file", b"a")
+    with installation.connect() as helper:
+        for one in (base, upper):
+            assert helper.commit(one.manifest(), one.write_payload(tmp_path))["type"] == "ok"
+        device = helper.ask("activate", layer=upper.id(), name="a", mode="rw", size=0)["device"]
+        tree = [text.split("|") for text in read_tree(device, tmp_path) if text.count("|") == 8]
+    owners = {words[0]: (words[2], words[3], words[4]) for words in tree}
+    assert {name: owner for name, owner in owners.items() if name.endswith("file")} == dict.fromkeys(
+        ("entered/file", "opened/file", "opened/below/file", "closed/file", "closed/below/file"), ("0644", "0", "0")
+    )
+    assert owners["opened/below"] == owners["closed/below"] == ("0755", "0", "0")
+
+
 def test_second_commit_writes_nothing(installation: Installation, layer: Layer, tmp_path: Path) -> None:
     payload = layer.write_payload(tmp_path)
     with installation.connect(MEMBER) as first:
