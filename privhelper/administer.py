@@ -17,11 +17,13 @@ _USAGE: Final = """usage: imgpull-helper [--config FILE] COMMAND
   serve                       answer one connection on descriptor 3 (LISTEN_FDS=1)
   reconcile                   make ledger and store agree
   audit                       try, inside the sandboxes of populate and verify, what must be denied
-  pool create [--size BYTES] [--metadata PATH] [--data PATH] [--metadata-bytes N] [--data-bytes N] [--block-bytes N]
+  pool create [--size N] [--metadata PATH] [--data PATH] [--metadata-bytes N] [--data-bytes N] [--block-bytes N]
   pool attach | detach | status | check
   pool grow [--metadata-bytes N] [--data-bytes N]
+N is a number of bytes: 1048576, 512M, 20G
 """
 _EX_USAGE: Final = 2
+_UNITS: Final = "KMGT"
 _TEXT_OPTIONS: Final = ("metadata", "data")
 _NUMBER_OPTIONS: Final = ("size", "metadata-bytes", "data-bytes", "block-bytes")
 
@@ -59,15 +61,21 @@ def _audit(grants: Policy) -> int:
 
 
 def _options(words: list[str]) -> dict[str, Any]:
-    """Read ``--name value`` pairs; numbers are bytes. Raises ValueError for anything else."""
+    """Read ``--name value`` pairs. Raises ValueError for anything else."""
     found: dict[str, Any] = dict.fromkeys(_TEXT_OPTIONS, "") | {name.replace("-", "_"): 0 for name in _NUMBER_OPTIONS}
     for flag, value in zip(words[::2], words[1::2], strict=True):
         name = flag.removeprefix("--")
         if not flag.startswith("--") or name not in _TEXT_OPTIONS + _NUMBER_OPTIONS:
             raise ValueError(flag)
-        found[name.replace("-", "_")] = value if name in _TEXT_OPTIONS else int(value)
+        found[name.replace("-", "_")] = value if name in _TEXT_OPTIONS else _number(value)
     found["data_bytes"] = found["data_bytes"] or found.pop("size")
     return found
+
+
+def _number(text: str) -> int:
+    """Read a number of bytes: `1048576`, `512M`, `20G`; the units are powers of 1024. Raises ValueError."""
+    unit = _UNITS.find(text[-1:].upper()) + 1
+    return int(text[: len(text) - bool(unit)]) << 10 * unit
 
 
 def _pool(grants: Policy, command: str, options: dict[str, Any]) -> int:

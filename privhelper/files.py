@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from privhelper.errors import AnswerError
+
 _CHUNK_BYTES: Final = 1 << 17
 
 
@@ -40,6 +42,17 @@ def copy_durably(file: int, path: str) -> str:
         os.fsync(copy)
     sync_folder(os.path.dirname(path))
     return "sha256:" + whole.hexdigest()
+
+
+def claim(file: int, path: str, size_bytes: int) -> None:
+    """Give an open new file all its space. Raises AnswerError("no_room") before anything is taken."""
+    figures = os.fstatvfs(file)
+    free = figures.f_bavail * figures.f_frsize
+    if size_bytes > free:  # asked first: posix_fallocate would fill the disk before it says so
+        half = max(1, free >> 31)
+        text = f"{path}: {size_bytes} bytes asked for, {free} free; choose another size, such as --size {half}G"
+        raise AnswerError("no_room", text)
+    os.posix_fallocate(file, 0, size_bytes)
 
 
 def sync_folder(path: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from privhelper import kernel, loops
+from privhelper import files, kernel, loops
 from privhelper.stores import ext4
 from privhelper.stores.base import StoreError
 from privhelper.stores.reflink import ATTACH, CREATE, ReflinkStore
@@ -24,7 +24,6 @@ class ReflinkPool:
 
     def __init__(self, settings: Mapping[str, Any], state_dir: str) -> None:
         self._settings = settings
-        self._state_dir = state_dir
         self._file = os.path.join(state_dir, "pool.xfs")
         self._mount_point = os.path.join(state_dir, "pool")
         self._store = ReflinkStore(settings, state_dir)
@@ -92,12 +91,7 @@ class ReflinkPool:
         if not self._settings["preallocate"]:
             os.ftruncate(file, size_bytes)
             return
-        figures = os.statvfs(self._state_dir)
-        free = figures.f_bavail * figures.f_frsize
-        if size_bytes > free:  # asked first: posix_fallocate would fill the disk before it says so
-            text = f"{self._file}: {size_bytes} bytes asked for, {free} free; choose another with --size BYTES"
-            raise StoreError("no_room", text)
-        os.posix_fallocate(file, 0, size_bytes)
+        files.claim(file, self._file, size_bytes)
 
     def _with_mount(self, file: int, use: Callable[[int], None]) -> None:
         loop, path = loops.attach(file, read_only=False)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Final
 
-from privhelper import loops
+from privhelper import files, loops
 from privhelper.dm import SECTOR_BYTES, Target
 from privhelper.stores import ext4
 from privhelper.stores.base import BASE, READY, StoreError
@@ -189,7 +189,7 @@ def _make_blank(path: str, size_bytes: int, undo: ExitStack) -> None:
         return
     with open(file, "rb"):
         undo.callback(os.unlink, path)
-        os.posix_fallocate(file, 0, size_bytes)
+        files.claim(file, path, size_bytes)
 
 
 def _refuse_lvm_pool(path: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from privhelper import devices, policy, protocol
+from privhelper import administer, devices, policy, protocol
 from privhelper.answers import Answers
 from privhelper.errors import AnswerError
 from privhelper.ledger import Ledger
@@ -220,11 +220,23 @@ def test_claim_does_not_outlive_its_layer(installation: Installation, sealed: st
 
 def test_pool_that_the_disk_has_no_room_for_is_not_made(tmp_path: Path) -> None:
     """What was asked, what there is, and how to ask for less; nothing is left behind."""
-    command = helper_command(config_of(tmp_path), "pool", "create", "--size", str(1 << 50))
+    command = helper_command(config_of(tmp_path), "pool", "create", "--size", "1024T")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 73, done.stderr
     assert f"{1 << 50} bytes asked for, " in done.stderr and "--size" in done.stderr
     assert list((tmp_path / "state").iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "number"), [("1048576", 1 << 20), ("512M", 1 << 29), ("20g", 20 << 30)])
+def test_sizes_are_written_as_people_do(text: str, number: int) -> None:
+    assert administer._options(["--metadata-bytes", text, "--size", text])["metadata_bytes"] == number
+
+
+@pytest.mark.parametrize("text", ["", "G", "20GiB", "a lot", "1.5G"])
+def test_what_is_no_size_is_refused(text: str, tmp_path: Path) -> None:
+    command = helper_command(config_of(tmp_path), "pool", "create", "--size", text)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.split()[0]) == (2, "usage:")
 
 
 def test_level_is_for_the_journal_alone(tmp_path: Path) -> None:
