@@ -12,7 +12,6 @@ import sys
 import tomllib
 from contextlib import closing
 from dataclasses import asdict
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from broker import console, store
@@ -492,9 +491,9 @@ def check(settings: Settings, *, files: tuple[str, ...], manifest: bool, all_vio
                 "the name declares no format that a layer can have: .tar, .tar.gz, .tgz, .tar.zst",
                 violations=[],
             )
-    from broker import filecheck, work
+    from broker import filecheck
 
-    accepted = work.run(lambda: filecheck.check(list(files), with_tree=manifest, all_violations=all_violations))
+    accepted = filecheck.check(list(files), with_tree=manifest, all_violations=all_violations)
     if manifest:
         return 0
     if as_json:
@@ -808,6 +807,8 @@ def version(settings: Settings, *, as_json: bool) -> int:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # it loads the whole of `email`
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

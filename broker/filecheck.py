@@ -1,7 +1,7 @@
 """`imgpull check`: files as the layers of one image, read at the same time, without S3, root or store.
 
-Rule 1: a process a layer; all read at once, as many as there are processors, and each waits with what it has read until
-the layers below it are accepted: only then are their manifests whole.
+Rule 1: a process a layer; they read at once, one more than there are processors, for each waits with what it has read
+until the layers below it are accepted: only then are their manifests whole.
 Rule 2: the lowest layer that is refused is told, whichever was met first; what stands on it is not waited for.
 """
 
@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from broker import protocol, worker
-from broker import pull as machines
-from broker.app import check_deadline_s
 from broker.errors import ImgpullError
 from broker.reference import media_of
+from broker.refusal import listed, rejected
 
 GO = b"\1"
 
@@ -37,14 +36,23 @@ class _Layer:
     error: ImgpullError | None = None
 
 
-async def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[protocol.Accepted]:
+def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[protocol.Accepted]:
     """Check files as the layers of one image; the merged tree goes to standard output if it is asked for.
 
     Raises: ImgpullError `archive-rejected` for the lowest layer that is refused.
     """
+    try:
+        return trio.run(_check, files, with_tree, all_violations)
+    except BaseExceptionGroup as group:
+        from broker.machine.signals import leaves  # only now: loading it takes as long as checking a small layer
+
+        raise next(leaves(group)) from group
+
+
+async def _check(files: list[str], with_tree: bool, all_violations: bool) -> list[protocol.Accepted]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # three descriptors a layer, of which there may be many
-    slots = trio.CapacityLimiter(os.cpu_count() or 1)
+    slots = trio.CapacityLimiter(1 + (os.cpu_count() or 1))
     with ExitStack() as stack:
         layers = [_layer(stack, name, number, files, with_tree) for number, name in enumerate(files, 1)]
         async with trio.open_nursery() as nursery:
@@ -123,27 +131,13 @@ async def _check_file(layer: _Layer, lower: list[int], all_violations: bool) -> 
             all_violations=all_violations,
         )
         inherited = [*lower, layer.manifest, *(fd for fd in (gate, payload, layer.tree) if fd is not None)]
-        verdict = await worker.check(job, blob, inherited, deadline_s=check_deadline_s())
+        verdict = await worker.check(job, blob, inherited)
     if isinstance(verdict, protocol.Rejected):
-        refusal = machines.rejected(layer.name, verdict)
+        refusal = rejected(layer.name, verdict)
         if all_violations:
-            refusal = ImgpullError.of(replace(refusal.problem, why=_listed(verdict)))
+            refusal = ImgpullError.of(replace(refusal.problem, why=listed(verdict)))
         raise refusal
     return verdict
-
-
-def _listed(verdict: protocol.Rejected) -> str:
-    """Return every violation on a line of its own, for people."""
-    lines = []
-    for one in verdict.violations:
-        place = [f"layer {one.layer}"]
-        place += [f"entry {one.entry}"] if one.entry is not None else []
-        place += [f"byte {one.offset}"] if one.offset is not None else []
-        name = f" {one.name}" if one.name is not None else ""
-        lines.append(f"{', '.join(place)}{name}: {one.rule}: {one.reason}")
-    if not verdict.complete:
-        lines.append("and perhaps more: reading could not go on, or the list is full")
-    return "\n".join(lines)
 
 
 def _print_file(descriptor: int) -> None:

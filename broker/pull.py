@@ -30,6 +30,7 @@ from broker.errors import ImgpullError, Problem
 from broker.helper import Activation, Helper, LayerAbsentError
 from broker.machine import Abort, Done, Lookup, Machine, Outcome, Policy, Retry, Run
 from broker.reference import Reference
+from broker.refusal import rejected
 
 PARTIAL_AGE_S = 7 * 86400.0  # a pull that is not taken up again within a week
 REMOVERS = ("remove", "collect")  # the machines that take layers away
@@ -289,25 +290,6 @@ async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> pro
                 publish(payload, app.paths.payload(digest))
             publish(manifest, app.paths.manifest(verdict.layer))
             return verdict
-
-
-def rejected(name: str, verdict: protocol.Rejected) -> ImgpullError:
-    """Return the error for a refused archive: its first violation in words, all of them as data."""
-    first = verdict.violations[0]
-    where = [f"layer {first.layer}"]
-    if first.entry is not None:
-        where.append(f"entry {first.entry}")
-    if first.offset is not None:
-        where.append(f"byte {first.offset}")
-    entry = f" {first.name}" if first.name is not None else ""
-    more = len(verdict.violations) - 1
-    return ImgpullError(
-        "archive-rejected",
-        f"{name}: refused by rule {first.rule}",
-        f"{', '.join(where)}{entry}: {first.reason}" + (f" (and {more} more)" if more else ""),
-        f"run `imgpull explain {first.rule}`; the archive has to be made anew",
-        violations=[v.model_dump() for v in verdict.violations],
-    )
 
 
 async def commit_layer(run: Run[LayerRequest]) -> Committed:

@@ -100,11 +100,11 @@ async def check(
     blob_fd: int,
     descriptors: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
-    deadline_s: float = math.inf,
+    deadline_s: float | None = None,
 ) -> wire.Accepted | wire.Rejected:
     """Have one blob checked by a sandboxed process.
 
-    Args: ``descriptors`` are those that the job names beside 0 to 2.
+    Args: ``descriptors`` are those that the job names beside 0 to 2; ``deadline_s`` is that of the limits, or less.
     Raises: CheckError where the checker ends without a verdict, is too slow, or speaks out of turn.
     """
     verdict: wire.Accepted | wire.Rejected | None = None
@@ -121,8 +121,10 @@ async def check(
         else:
             verdict = report
 
+    in_force = _limits()
+    deadline_s = in_force.run.wall_clock_s if deadline_s is None else deadline_s
     process = await trio.lowlevel.open_process(
-        [*CHECK, job.model_dump_json(), _limits()],
+        [*CHECK, job.model_dump_json(), in_force.model_dump_json()],
         stdin=blob_fd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -152,10 +154,10 @@ async def check(
     return verdict
 
 
-def _limits() -> str:
-    """Return the limits in force, as the checker takes them."""
+def _limits() -> limits.Limits:
+    """Return the limits in force."""
     try:
-        return limits.load().model_dump_json()
+        return limits.load()
     except limits.LimitsError as error:
         raise CheckError("configuration", "the limits of a check cannot be used", str(error)) from error
 
