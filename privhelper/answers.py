@@ -107,7 +107,7 @@ class Answers:
                 raise TakenError("the layer is being made by another process")
             self._admission.check_layer(status, reserved, charge)
 
-        columns = {"parent": header.parent, "depth": depth, "reserved": reserved, "charge": charge}
+        columns: Message = {"parent": header.parent, "depth": depth, "reserved": reserved, "charge": charge}
         columns |= {"entries": header.entries, "bytes": header.content_bytes}
         origin = parent["dev"] if parent else BASE
         dev = self._devices.create("layer", layer, self._uid, origin, admit, **columns)
