@@ -19,6 +19,7 @@ from privhelper.errors import AnswerError
 
 _CHUNK_BYTES: Final = 1 << 18
 _NUMBER: Final = rb"(0|[1-9][0-9]{0,19})"
+_SIGNED: Final = rb"(0|-?[1-9][0-9]{0,19})"  # times before 1970
 # One JSON string as ensure_ascii writes it. Possessive (++, *+): the expression never goes back, whatever it is given.
 _PLAIN: Final = rb'(?:[ !#-\[\]-~]++|\\(?:["\\bfnrt]|u[0-9a-f]{4}))*+'
 _STRING: Final = b'"(' + _PLAIN + b')"'
@@ -31,7 +32,7 @@ def _form(*fields: tuple[str, bytes]) -> re.Pattern[bytes]:
     return re.compile(rb"\{" + b",".join(b'"%b":%b' % (name.encode(), form) for name, form in fields) + rb"\}")
 
 
-_COMMON: Final = (("in", _NUMBER), ("mode", _NUMBER), ("mtime", _NUMBER), ("name", _STRING))
+_COMMON: Final = (("in", _NUMBER), ("mode", _NUMBER), ("mtime", _SIGNED), ("name", _STRING))
 _GID, _UID = ("gid", _NUMBER), ("uid", _NUMBER)
 _DIRECTORY: Final = _form(_GID, *_COMMON, ("op", b'"(dir|meta)"'), _UID, ("xattrs", _XATTRS))
 _FILE: Final = _form(
@@ -39,7 +40,7 @@ _FILE: Final = _form(
     ("xattrs", _XATTRS),
 )  # fmt: skip
 _SYMLINK: Final = _form(
-    _GID, ("in", _NUMBER), ("mtime", _NUMBER), ("name", _STRING), ("op", b'"symlink"'), ("target", _STRING), _UID,
+    _GID, ("in", _NUMBER), ("mtime", _SIGNED), ("name", _STRING), ("op", b'"symlink"'), ("target", _STRING), _UID,
     ("xattrs", rb"\{\}"),
 )  # fmt: skip
 _LINK: Final = _form(("in", _NUMBER), ("name", _STRING), ("op", b'"link"'), ("to", _STRINGS))
@@ -231,7 +232,10 @@ def _id(digits: bytes) -> int:
 
 
 def _mtime(digits: bytes) -> int:
-    return _within("mtime", digits, protocol.MAX_MTIME_NS)
+    value = _within("mtime", digits, protocol.MAX_MTIME_NS)
+    if value < protocol.MIN_MTIME_NS:
+        raise _BadError("manifest_limit", f"mtime {value} below {protocol.MIN_MTIME_NS}")
+    return value
 
 
 def _text(spelling: bytes) -> str:

@@ -100,7 +100,8 @@ def _operation(line: bytes) -> dict[str, Any]:
     if written.encode("ascii") + b"\n" != line or found.keys() != _KEYS[found["op"]]:
         raise ValueError("not the form of an operation")
     for key, most in _MOST.items():
-        if key in found and not (type(found[key]) is int and 0 <= found[key] <= most):
+        least = protocol.MIN_MTIME_NS if key == "mtime" else 0
+        if key in found and not (type(found[key]) is int and least <= found[key] <= most):
             raise ValueError(f"{key} is out of range")
     if "dir" in found and type(found["dir"]) is not bool:
         raise TypeError("neither a directory nor none")

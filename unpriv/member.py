@@ -6,7 +6,7 @@ Rule 2: what honest images carry and we do not keep is counted; what we change i
 
 from typing import Final, NamedTuple
 
-from privhelper.protocol import MAX_ID, MAX_MTIME_NS
+from privhelper.protocol import MAX_ID, MAX_MTIME_NS, MIN_MTIME_NS
 from unpriv import rules
 from unpriv.findings import Findings
 from unpriv.header import BLOCK_BYTES, Header
@@ -25,6 +25,7 @@ WHITEOUT_DEVICE: Final = rule("whiteout_device")
 HARDLINK_TARGET_MISSING: Final = rule("hardlink_target_missing")
 HARDLINK_ESCAPES_ROOT: Final = rule("hardlink_escapes_root")
 HARDLINK_METADATA_DROPPED: Final = rule("hardlink_metadata_dropped", "drop")
+MODE_BITS_DROPPED: Final = rule("mode_bits_dropped", "drop")
 MTIME_CLAMPED: Final = rule("mtime_clamped", "warn")
 ID_ABOVE_HELPER: Final = rule("id_above_helper", "warn")
 CAPABILITY_ABOVE_HELPER: Final = rule("capability_above_helper", "warn")
@@ -82,6 +83,8 @@ class Judge:
             raise RejectedError(TRAILING_SLASH, f"a {rules.TYPE_NAMES[kind]} whose name ends with a slash")
         target = self._target(kind, untrusted_target) if untrusted_target or kind in (SYMLINK, HARDLINK) else b""
         mode = rules.checked_mode(fields.mode, kind)
+        if fields.mode > rules.MODE_BITS:
+            self._findings.dropped[MODE_BITS_DROPPED] += 1
         uid, gid, mtime_ns = fields.uid, fields.gid, fields.mtime * _NS
         xattrs: dict[bytes, bytes] = {}
         if overrides is not None:
@@ -93,7 +96,7 @@ class Judge:
                 xattrs = self._xattrs(overrides.xattrs, kind, path, place)
         if uid > self._plain_id or gid > self._plain_id:
             self._large_owner(uid, gid, path, place)
-        if not 0 <= mtime_ns <= MAX_MTIME_NS:
+        if not MIN_MTIME_NS <= mtime_ns <= MAX_MTIME_NS:
             mtime_ns = self._clamp(mtime_ns, path, place)
         if kind in (CHAR, BLOCK, FIFO):
             self._special(kind, path, fields)
@@ -148,7 +151,7 @@ class Judge:
                 self._findings.warn(RejectedError(ID_ABOVE_HELPER, reason, path, *place))
 
     def _clamp(self, mtime_ns: int, path: bytes, place: tuple[int, int]) -> int:
-        kept = 0 if mtime_ns < 0 else MAX_MTIME_NS
+        kept = MIN_MTIME_NS if mtime_ns < 0 else MAX_MTIME_NS
         reason = f"modification time {mtime_ns // _NS} s, kept as {kept // _NS} s"
         self._findings.warn(RejectedError(MTIME_CLAMPED, reason, path, *place))
         return kept

@@ -31,6 +31,8 @@ ACL_DROPPED: Final = rule("acl_dropped", "drop")
 FILE, DIRECTORY, SYMLINK, HARDLINK, CHAR, BLOCK, FIFO = range(7)
 TYPE_NAMES: Final = ("file", "dir", "symlink", "hardlink", "char", "block", "fifo")
 
+MODE_FIELD: Final = 0o7777777  # what the seven digits of a header hold
+MODE_BITS: Final = 0o177777  # type and permissions, inode(7)
 _IFMT: Final = 0o170000
 _IFMT_OF: Final = {
     FILE: 0o100000,
@@ -132,9 +134,12 @@ def id_out_of_range(value: int, which: str, limit: int) -> None:
 
 
 def checked_mode(mode: int, kind: int) -> int:
-    """Return the permission bits; type bits must be absent or agree with the member's type (old Docker writes them)."""
-    if mode > 0o177777:
-        raise RejectedError(MODE_INVALID, f"mode {mode:o} has bits beyond type and permissions")
+    """Return the permission bits; type bits must be absent or agree with the member's type (old Docker writes them).
+
+    Bits above both mean nothing to any unpacker, and are left out.
+    """
+    if mode > MODE_FIELD:
+        raise RejectedError(MODE_INVALID, f"mode {mode:o} has more bits than seven octal digits")
     found = mode & _IFMT
     if found and found != _IFMT_OF[kind]:
         raise RejectedError(MODE_TYPE_CONFLICT, f"mode {mode:o} contradicts the type {TYPE_NAMES[kind]}")

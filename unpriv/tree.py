@@ -10,6 +10,7 @@ import hashlib
 import struct
 from typing import Final, NamedTuple
 
+from privhelper.protocol import MIN_MTIME_NS
 from unpriv.limits import Limits
 from unpriv.member import Member
 from unpriv.rulebook import RejectedError, rule
@@ -29,7 +30,7 @@ NAMES_TOO_LARGE: Final = rule("names_too_large")
 _PREFIX: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
 
-_RECORD: Final = struct.Struct("<HHIIQQQ")  # kind, mode, uid, gid, mtime (past 2^63 ns), size, at
+_RECORD: Final = struct.Struct("<HHIIQQQ")  # kind, mode, uid, gid, mtime since MIN_MTIME_NS (past 2^63), size, at
 _DIGEST_BYTES: Final = 32
 IMPLICIT: Final = -1  # the record of a directory that no member declares
 
@@ -90,7 +91,8 @@ class Layer:
 
     def record(self, number: int) -> Record:
         """Return a record by its number."""
-        return Record._make(_RECORD.unpack_from(self._records, number * _RECORD.size))
+        kind, mode, uid, gid, since_ns, size, at = _RECORD.unpack_from(self._records, number * _RECORD.size)
+        return Record(kind, mode, uid, gid, since_ns + MIN_MTIME_NS, size, at)
 
     def kind(self, node: int | Directory) -> int:
         """Return the type of a node."""
@@ -146,7 +148,7 @@ class Layer:
         number = self._count
         self._count += 1
         self._records += _RECORD.pack(
-            member.kind, member.mode, member.uid, member.gid, member.mtime_ns, member.size, member.at
+            member.kind, member.mode, member.uid, member.gid, member.mtime_ns - MIN_MTIME_NS, member.size, member.at
         )
         self.digests += _EMPTY_DIGEST
         if member.xattrs:

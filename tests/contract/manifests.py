@@ -46,6 +46,7 @@ ENTER = {"op": "enter", "in": 0, "name": "d"}
 REMOVE = {"op": "remove", "in": 0, "name": "f", "dir": False}
 CAPABILITY = "0100000200200000000000000000000000000000"
 LAST_ID = 2_147_483_645
+FIRST_MTIME = -(1 << 31) * 10**9
 LAST_MTIME = 15_032_385_535 * 10**9
 
 
@@ -67,6 +68,7 @@ def _accepted() -> Iterator[tuple[str, bytes]]:
     yield "mode_7777", manifest(FILE | {"mode": 0o7777}, DIR | {"mode": 0o7777})
     yield "mode_0", manifest(FILE | {"mode": 0}, DIR | {"mode": 0}, HOLLOW | {"in": 2})
     yield "last_id", manifest(FILE | {"uid": LAST_ID, "gid": LAST_ID}, SYMLINK | {"uid": LAST_ID})
+    yield "first_mtime", manifest(ROOT | {"mtime": FIRST_MTIME}, SYMLINK | {"mtime": FIRST_MTIME}, FILE | {"mtime": -1})
     yield "last_mtime", manifest(ROOT | {"mtime": LAST_MTIME}, FILE | {"mtime": LAST_MTIME})
     yield "name_255_bytes", manifest(FILE | {"name": "n" * 255})
     yield "name_of_any_byte", manifest(FILE | {"name": "".join(chr(n) for n in range(1, 47)) + '\\"\x7f'})
@@ -159,7 +161,7 @@ def _refused() -> Iterator[tuple[str, bytes]]:
         yield f"{key}_minus_one", manifest(FILE | {key: 2**32 - 1})
         yield f"{key}_2_to_64", manifest(DIR | {key: 2**64})
     yield "mtime_above", manifest(FILE | {"mtime": LAST_MTIME + 1})
-    yield "mtime_negative", manifest(FILE | {"mtime": -1})
+    yield "mtime_below", manifest(FILE | {"mtime": FIRST_MTIME - 1})
     yield "size_above", manifest(FILE | {"size": (1 << 44) + 1})
     yield "size_4301_digits", manifest(encode(FILE).replace(b'"size":512', b'"size":' + b"1" * 4301), bytes=0)
     yield "empty_file_somewhere", manifest(HOLLOW | {"at": 1})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from privhelper.protocol import MAX_ID, MAX_MTIME_NS
+from privhelper.protocol import MAX_ID, MAX_MTIME_NS, MIN_MTIME_NS
 from tests.unpriv.checking import check, tightened
 from tests.unpriv.tarbytes import base256, directory, hardlink, member, octal, pax, symlink, tar
 
@@ -224,15 +224,24 @@ def test_mode(mode: int) -> None:
         (member(b"f", mode=0o060666), "mode_type_conflict"),
         (OK + hardlink(b"h", b"ok", mode=0o100644), None),
         (OK + hardlink(b"h", b"ok", mode=0o060644), "mode_type_conflict"),
-        (member(b"f", mode=0o7707777), "mode_invalid"),
-        (member(b"f", mode=0o200644), "mode_invalid"),
+        (member(b"f", mode=0o7707777), None),
+        (member(b"f", mode=0o200644), None),
+        (member(b"f", mode=0o250644), "mode_type_conflict"),
+        (member(b"f", mode=base256(0o10000644, 8)), "mode_invalid"),
     ],
 )
 def test_type_bits_of_a_mode(data: bytes, rule: str | None) -> None:
     assert check(tar(data)).rule == rule
 
 
+def test_bits_above_type_and_permissions_are_left_out_and_counted() -> None:
+    result = check(tar(member(b"f", mode=0o7707777)))
+    assert (result.operations[0]["mode"], result.report["dropped"]) == (0o7777, {"mode_bits_dropped": 1})
+
+
 TIMES = {
+    b"-1.25": -1_250_000_000,
+    b"-2147483648": -(1 << 31) * 10**9,
     b"0": 0,
     b"1700000000.123456789": 1_700_000_000_123_456_789,
     b"1700000000.5": 1_700_000_000_500_000_000,
@@ -252,8 +261,8 @@ def test_time_to_the_nanosecond(time: bytes) -> None:
 @pytest.mark.parametrize(
     ("members", "kept"),
     [
-        ([pax((b"mtime", b"-1.25")), OK], 0),
-        ([member(b"f", mtime=base256(-315_619_200, 12))], 0),
+        ([pax((b"mtime", b"-2147483648.000000001")), OK], MIN_MTIME_NS),
+        ([member(b"f", mtime=base256(-(1 << 31) - 1, 12))], MIN_MTIME_NS),
         ([member(b"f", mtime=base256(1 << 40, 12))], MAX_MTIME_NS),
         ([pax((b"mtime", b"99999999999999999999")), OK], MAX_MTIME_NS),
     ],
