@@ -18,6 +18,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import trio
 
 from broker import helper, protocol, store, worker
+from broker.board import Board, BoardReporter
 from broker.console import Reporter
 from broker.errors import ImgpullError
 from broker.machine import Engine, Outcome
@@ -50,7 +51,8 @@ class App:
     def __init__(self, settings: Settings, report: Reporter, nursery: trio.Nursery) -> None:
         self.settings = settings
         self.paths = store.Paths.of(settings)
-        self.report = report
+        self.board = Board(self.paths.board)
+        self.report = BoardReporter(report, self.board)
         self.limits = store.limits_digest(POLICY_DIR, SYSTEM_DIR)
         self.checkers = trio.CapacityLimiter(CHECKERS)
         self.check_deadline_s = check_deadline_s()
@@ -130,6 +132,7 @@ async def running(settings: Settings, report: Reporter) -> AsyncGenerator[App, N
             yield app
         finally:
             app.stop()
+            app.board.close()
 
 
 def check_deadline_s() -> float:

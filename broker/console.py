@@ -33,6 +33,7 @@ class Line:
     total: int = 0
     size: int = 0  # of its object in S3
     started_s: float = field(default_factory=lambda: time.monotonic())
+    found: int = 0  # bytes that were done already when it was first seen in this stage
     spent_s: dict[str, float] = field(default_factory=dict)  # by stage, those that are over
     amount: dict[str, int] = field(default_factory=dict)  # bytes by stage
 
@@ -84,6 +85,7 @@ class Reporter:
         changed = line.stage != stage
         if changed:
             line.enter(stage)
+            line.found = done
         line.done, line.total = done, total or line.total
         line.amount[stage] = max(line.amount.get(stage, 0), done)
         self.on_stage(line, changed)
@@ -231,8 +233,8 @@ class TtyReporter(Reporter):
         tail = f"{share * 100:3.0f} %"
         if width >= 80:
             tail += f" {size(line.done):>9}/{size(line.total)}"
-        if width >= 80 and line.done:
-            tail += f" {size(line.done / max(0.001, time.monotonic() - line.started_s))}/s"
+        if width >= 80 and line.done > line.found:
+            tail += f" {size((line.done - line.found) / max(0.001, time.monotonic() - line.started_s))}/s"
         space = min(30, width - len(head) - len(tail) - 4)
         if space < 8:
             return self._text(f"{head} {tail}"[: width - 1])

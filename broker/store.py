@@ -6,8 +6,9 @@ Rule 2: this is the user's own record. The truth about devices is the helper's a
 Rule 3: a row is written in the transaction that completes the step which earned it (broker/machine.py).
 
 Files: ``<state>/imgpull.db``, ``<state>/manifests/<hex>.jsonl``, ``<state>/images/`` (broker/imagefile.py),
-``<state>/temporary/`` (broker/temporary.py), ``<cache>/blobs/sha256/<hex>`` (published by the fetcher),
-``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a compressed blob, between check and commit).
+``<state>/temporary/`` (broker/temporary.py), ``<state>/progress`` (broker/board.py),
+``<cache>/blobs/sha256/<hex>`` (published by the fetcher), ``<cache>/payloads/<hex>.tar`` (the uncompressed tar of a
+compressed blob, between check and commit).
 """
 
 import hashlib
@@ -130,6 +131,11 @@ class Paths:
     def database(self) -> Path:
         """The SQLite file."""
         return self.state / "imgpull.db"
+
+    @property
+    def board(self) -> Path:
+        """How far the layers at work are, for other processes (broker/board.py)."""
+        return self.state / "progress"
 
     @property
     def blob_dir(self) -> Path:

@@ -46,7 +46,7 @@ from broker.store import Image, Paths
 T = TypeVar("T")
 GRACE_S: Final = 3600.0  # a step at work is waited for; the second signal cuts it
 HOOKS = Hooks()  # a test puts its crash points here
-WATCH_S: Final = 0.5  # how often the work of other processes is looked at
+WATCH_S: Final = 0.25  # how often the work of other processes is looked at
 CHANGED_RETRIES: Final = 3  # pulls of an object that changes while it is fetched
 
 
@@ -146,25 +146,33 @@ async def _do(
     return outcome
 
 
-async def _show_others(app: App, title: str, run_id: str) -> None:
-    """Show how far the layers of a pull are that another process works at; its own process shows the bytes."""
+async def _show_others(app: App, report: Reporter, title: str, run_id: str) -> None:
+    """Show how far the layers of a pull are that another process works at."""
     lookup, works_at = app.engine.lookup, app.engine.works_at
     told: set[str] = set()
     while True:
         layers = await app.read(lambda _: lookup.children(lookup.run(run_id)))
         theirs = [layer for layer in layers if layer.active and not works_at(layer.id)]
         if (theirs or not works_at(run_id)) and run_id not in told:
-            app.report.notice("another imgpull works at this: its steps are shown, and taken over if it dies")
+            report.notice("another imgpull works at this: its progress is shown, and it is taken over if it dies")
         if not works_at(run_id) and {layer.key for layer in layers} - told:
             known = [(layer.key, machines.LayerRequest.model_validate_json(layer.request).pin) for layer in layers]
-            app.report.begin(title, [(key, machines.label(pin.key), pin.size) for key, pin in known])
+            report.begin(title, [(key, machines.label(pin.key), pin.size) for key, pin in known])
         for layer in theirs if works_at(run_id) else layers:
             told.add(layer.key)
-            stage = machines.STAGES.get(layer.step, "waiting") if layer.active else "ready"
-            app.report.stage(layer.key, stage if layer.outcome in (None, "done") else "failed")
+            report.stage(layer.key, *_whereabouts(app, layer))
         if theirs or not works_at(run_id):
             told.add(run_id)
         await trio.sleep(WATCH_S)
+
+
+def _whereabouts(app: App, layer: RunRecord) -> tuple[str, int, int]:
+    """Return stage, bytes done and bytes in all of a layer, as its process tells; by its step where that says else."""
+    if not layer.active:
+        return ("ready" if layer.outcome == "done" else "failed"), 0, 0
+    stage = machines.STAGES.get(layer.step, "waiting")
+    told = app.board.read(layer.key)
+    return told if told and told[0] in (stage, "waiting") else (stage, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +222,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         key = store.pull_key(request.ref, request.source)
         await _take_back(app, engine)
         _tell_of_the_interrupted(engine, report, key)
-        outcome = await _do(engine, machines.PULL, key, request, partial(_show_others, app, request.ref))
+        outcome = await _do(engine, machines.PULL, key, request, partial(_show_others, app, report, request.ref))
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
         resolved = outcome.result("resolve", machines.Resolved)

@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,19 @@ def test_locale_that_cannot_write_a_name_gets_it_escaped() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", command], cwd=root, env=environment, capture_output=True, check=False)
     assert done.stderr.startswith(b"imgpull: g\xf6\\u4e2d: no such image here")
+
+
+def test_rate_is_of_the_bytes_that_were_seen_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who joins another process's work late does not count what was there before."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    reporter = TtyReporter(stream)
+    reporter._console.width = 120
+    reporter.begin("image", [("k", "one/1.tar", 10_000)])
+    reporter.stage("k", "fetching", 5_000, 10_000)
+    assert "/s" not in str(reporter._row(reporter.lines["k"], 120, 20))
+    now[0] += 2
+    reporter.stage("k", "fetching", 6_000, 10_000)
+    assert " 500 B/s" in str(reporter._row(reporter.lines["k"], 120, 20))
+    reporter.close()

@@ -375,7 +375,7 @@ class Lives(RuleBasedStateMachine):
         if settled:  # `gc` removes what a run could not remove at its own end
             assert list((self.paths.cache / "payloads").iterdir()) == []
         names = {path.name for path in self.paths.state.iterdir()}
-        assert names <= {"imgpull.db", "imgpull.db-owners", "imgpull.db-journal", "manifests", "images"}
+        assert names <= {"imgpull.db", "imgpull.db-owners", "imgpull.db-journal", "manifests", "images", "progress"}
         assert imagefile.disagreement(self.paths.image_dir, db) is None
 
     def check_answers(self, db: sqlite3.Connection) -> None:

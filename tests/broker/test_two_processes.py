@@ -1,11 +1,16 @@
-"""Two commands on one state folder: the second waits, shows the first one's steps, and goes on when the first dies."""
+"""Two commands on one state folder: the second waits, shows the first one's progress, goes on when the first dies."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,23 +29,24 @@ main()
 """
 
 
-def start(world: World, *words: str) -> subprocess.Popen[str]:
+def start(world: World, *words: str, progress: str = "plain", stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     programs = Path(__file__).parent / "programs"
     environment = {
         **os.environ,
         **world.environ,
-        "IMGPULL_PROGRESS": "plain",
+        "IMGPULL_PROGRESS": progress,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(world.folder), str(programs), *words],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
 
 
-def until_stuck(world: World, op: str) -> None:
+def until_stuck(world: World, op: str, first: subprocess.Popen[str]) -> None:
     """Wait until root was asked for this, which it does not answer."""
     while not world.helper.count(op):
+        assert first.poll() is None, first.communicate()
         time.sleep(0.01)
 
 
@@ -57,7 +63,7 @@ def test_second_pull_shows_the_first_and_takes_over_when_it_dies(world: World, d
 
     world.helper.answer = slow  # type: ignore[method-assign]
     first = start(world, "pull", REF)
-    until_stuck(world, "commit")
+    until_stuck(world, "commit", first)
     second = start(world, "pull", REF)
     assert second.stderr is not None
     said = ""
@@ -76,3 +82,56 @@ def test_second_pull_shows_the_first_and_takes_over_when_it_dies(world: World, d
     assert len(world.helper.layers) == 2
     assert world.query("SELECT count(*) FROM run WHERE machine = 'pull' AND outcome = 'done'") == [(1,)]
     assert world.leftovers() == []
+
+
+@pytest.fixture
+def fetching(world: World) -> Iterator[World]:
+    """A world in which a first process has fetched half of a layer, and no more until `slow-network` is gone."""
+    world.put("one", bytes(1000))
+    slow = world.folder / "slow-network"
+    slow.touch()
+    first = start(world, "pull", REF)
+    yield world
+    slow.unlink(missing_ok=True)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+
+
+def test_second_pull_tells_the_bytes_of_the_first_as_json(fetching: World) -> None:
+    until_fetching(fetching)
+    second = start(fetching, "pull", REF, "--json")
+    assert second.stdout is not None
+    events: list[dict[str, Any]] = []
+    while not (events and events[-1]["type"] == "progress"):
+        events.append(json.loads(second.stdout.readline()))
+    told = {name: events[-1][name] for name in ("layer", "stage", "done", "total")}
+    assert told == {"layer": "one/1.tar", "stage": "fetching", "done": 500, "total": 1000}
+    (fetching.folder / "slow-network").unlink()
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["type"] == "result"
+
+
+def test_second_pull_draws_the_bytes_of_the_first_on_a_terminal(fetching: World) -> None:
+    until_fetching(fetching)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    second = start(fetching, "pull", REF, progress="tty", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while b"500 B/1.0 kB" not in shown:
+        shown += os.read(ours, 4096)
+        assert len(shown) < 1 << 20, shown[-400:]
+    (fetching.folder / "slow-network").unlink()
+    with suppress(OSError):  # EIO: the other end is closed
+        while os.read(ours, 4096):
+            pass
+    os.close(ours)
+    assert second.communicate(timeout=120)[0] == "/dev/null\n"
+    assert second.returncode == 0
+
+
+def until_fetching(world: World) -> None:
+    """Wait until the first process has told of half a layer."""
+    while not (world.paths.board.exists() and (500).to_bytes(8, "little") in world.paths.board.read_bytes()):
+        time.sleep(0.01)
