@@ -1,11 +1,15 @@
 """Loop devices by ioctl (loop(4)): a file becomes a block device, without a program in between.
 
 Rule 1: direct I/O always, so that bytes are cached once and errors of the disk below arrive.
-Rule 2: which file a device stands on is read from the kernel by device and inode number, never believed from a name.
+Rule 2: what a device is for stands in a mark on its node, an attribute that only root can read or set (trusted.*,
+xattr(7)), with the number of the binding that root made (diskseq, Linux 5.15). Nothing else is believed, and what is
+behind is never asked: names and labels are the word of whoever bound it last, and a file system of his (FUSE) may never
+answer.
 Rule 3: who may open a node, even only for reading, may put another file behind its device (LOOP_CHANGE_FD, LOOP_CLR_FD;
-measured, kernel 6.18). So root mounts by devices of its own, which bear a label that only who configures a device sets.
-Rule 4: every device is a fresh one (LOOP_CTL_ADD) and is removed after its use. A user who was given a node can unbind
-the device and keep it open; were the number used again, that descriptor would reach what is put behind it next.
+measured, kernel 6.18). So root mounts by devices of its own.
+Rule 4: every device is a fresh one (LOOP_CTL_ADD), marked before it is bound, and removed after its use. A user who was
+given a node can unbind the device and keep it open; were the number used again, that descriptor would reach what is put
+behind it next.
 """
 
 import contextlib
@@ -14,88 +18,84 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from privhelper.files import closing
 
-_ADD, _REMOVE, _CLEAR, _GET_STATUS, _CONFIGURE = 0x4C80, 0x4C81, 0x4C01, 0x4C05, 0x4C0A
+_ADD, _REMOVE, _CLEAR, _CONFIGURE = 0x4C80, 0x4C81, 0x4C01, 0x4C0A
 _FRESH: Final = -1  # the lowest number that no device has; kernels before 5.14 give a free old one instead (EEXIST)
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _CONTROL: Final = "/dev/loop-control"
+_MARK: Final = "trusted.imgpull"
 _ACL: Final = "system.posix_acl_access"  # linux/posix_acl_xattr.h: version 2, then tag, permission, id
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 0x01, 0x02, 0x04, 0x10, 0x20, 0xFFFFFFFF
-_CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64 (232 bytes), 64 bytes reserved
-_INFO_AT, _INFO_BYTES = 8, 232  # struct loop_info64 in it
-_FLAGS_AT, _LABEL_AT, _LABEL_BYTES = 52, 56, 64  # lo_flags and lo_file_name in that
+_CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64, 64 bytes reserved
+_FLAGS_AT: Final = 60  # lo_flags, 52 bytes into struct loop_info64
 _DISCARD_S: Final = 0.2
 _VANISHED: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)  # not bound; being removed; removed
 
 
-def attach(backing: int, *, read_only: bool, autoclear: bool = True, label: bytes = b"") -> tuple[int, str]:
-    """Put an open file behind a fresh loop device; return the device's descriptor and path.
+class Node(NamedTuple):
+    """A loop device that root made, whoever has it now."""
+
+    path: str
+    mark: str
+    is_ours: bool  # still bound as root bound it
+
+
+def attach(backing: int, mark: str, *, read_only: bool, autoclear: bool = True) -> tuple[int, str]:
+    """Put an open file behind a fresh loop device that bears a mark; return the device's descriptor and path.
 
     With ``autoclear`` the device goes with its last opener or mount.
     """
     config = bytearray(_CONFIG_BYTES)
     struct.pack_into("=I", config, 0, backing)
     flags = _DIRECT_IO | (_READ_ONLY if read_only else 0) | (_AUTOCLEAR if autoclear else 0)
-    struct.pack_into(f"=I{_LABEL_BYTES}s", config, _INFO_AT + _FLAGS_AT, flags, label)
+    struct.pack_into("=I", config, _FLAGS_AT, flags)
     for _ in range(16):
         path = f"/dev/loop{_control(_ADD, _FRESH)}"
         try:
+            os.setxattr(path, _MARK, f"unbound {mark}".encode())
             device = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.ioctl(device, _CONFIGURE, bytes(config))
+                os.setxattr(path, _MARK, f"{_binding(path)} {mark}".encode())
             except BaseException:
                 os.close(device)
                 raise
             return device, path
         except OSError as error:
-            if error.errno != errno.EBUSY:  # EBUSY: another program looked for a free device and was faster
+            if error.errno != errno.EBUSY:
                 discard(path)
                 raise
+            os.removexattr(path, _MARK)  # another program looked for a free device and was faster: it is that one's
     raise OSError(errno.EBUSY, "no free loop device")
 
 
-def backing_names() -> dict[str, str]:
-    """Return each bound loop device and what sysfs calls its file: a hint, to be confirmed by ``backing``."""
-    found = {}
+def nodes() -> Iterator[Node]:
+    """Yield every loop device of the host that root marked, those of other pools too."""
     for name in os.listdir("/sys/block"):
         if name.startswith("loop"):
+            path = f"/dev/{name}"
             try:
-                with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                    found[f"/dev/{name}"] = file.read().rstrip("\n")
+                binding, _, mark = os.getxattr(path, _MARK).decode().partition(" ")
+                found = Node(path, mark, _is_bound(path) and binding == _binding(path))
             except OSError as error:
-                if error.errno not in (*_VANISHED, errno.ENOTDIR):
+                if error.errno not in (*_VANISHED, errno.ENODATA):
                     raise
-                continue  # not bound, or gone while we looked
-    return found
+                continue  # not marked, or gone while we looked
+            yield found
 
 
-class Backing(NamedTuple):
-    """What a loop device stands on, as the kernel tells."""
-
-    device: int  # st_dev and st_ino of the file
-    inode: int
-    label: bytes
+def _binding(path: str) -> str:
+    """Return the number that the kernel gave the latest binding of a device; no two have the same until a reboot."""
+    with open(f"/sys/block/{os.path.basename(path)}/diskseq", encoding="ascii") as file:
+        return file.read().strip()
 
 
-def backing(path: str) -> Backing | None:
-    """Return what a loop device stands on; None when there is nothing, or no such device any more.
-
-    Other programs take their devices away while we look at all of them.
-    """
-    try:
-        with closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as device:
-            info = fcntl.ioctl(device, _GET_STATUS, bytes(_INFO_BYTES))
-    except OSError as error:
-        if error.errno in _VANISHED:
-            return None
-        raise
-    encoded, inode = struct.unpack_from("=QQ", info)
-    # huge_encode_dev: minor in bits 0-7 and 20-31, major in 8-19
-    number = os.makedev(encoded >> 8 & 0xFFF, encoded & 0xFF | encoded >> 12 & 0xFFF00)
-    return Backing(number, inode, info[_LABEL_AT : _LABEL_AT + _LABEL_BYTES].rstrip(b"\0"))
+def _is_bound(path: str) -> bool:
+    return os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file")
 
 
 def grant(path: str, uid: int, writable: bool) -> None:
@@ -109,18 +109,14 @@ def grant(path: str, uid: int, writable: bool) -> None:
     os.setxattr(path, _ACL, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries))
 
 
-def _take_back(path: str) -> None:
-    with contextlib.suppress(OSError):  # ENODATA: it was granted to nobody
-        os.removexattr(path, _ACL)
-
-
 def detach(path: str, wait_s: float) -> None:
     """Take the node back, unbind the device and remove it.
 
     Raises:
         OSError: EBUSY, somebody kept it open for ``wait_s``; the kernel unbinds it when the last of them lets go.
     """
-    _take_back(path)
+    with contextlib.suppress(OSError):  # ENODATA: it was granted to nobody
+        os.removexattr(path, _ACL)
     try:
         with closing(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as device:
             fcntl.ioctl(device, _CLEAR)
@@ -128,22 +124,22 @@ def detach(path: str, wait_s: float) -> None:
         if error.errno not in _VANISHED:  # else its user unbound it
             raise
     deadline = time.monotonic() + wait_s
-    while os.path.exists(f"/sys/block/{os.path.basename(path)}/loop/backing_file"):
+    while _is_bound(path):
         if time.monotonic() > deadline:
-            raise OSError(errno.EBUSY, f"{path} is held open")
+            raise OSError(errno.EBUSY, "the device is held open")
         time.sleep(0.005)  # the kernel has no way to wait for the last closer
     discard(path)
 
 
 def discard(path: str) -> None:
-    """Remove an unbound device. One that somebody keeps open (its former owner) stays and is not used again."""
+    """Remove an unbound device. One that its former owner keeps open stays, marked, and is not used again."""
     deadline = time.monotonic() + _DISCARD_S
     while True:
         try:
             _control(_REMOVE, int(path.removeprefix("/dev/loop")))
         except OSError as error:
             if error.errno == errno.EBUSY and time.monotonic() < deadline:
-                time.sleep(0.005)  # another helper looks at all devices, or udev does
+                time.sleep(0.005)  # udev looks at it
                 continue
             if error.errno not in (errno.EBUSY, errno.ENODEV):
                 raise

@@ -4,15 +4,15 @@ For hosts and test machines whose kernel has no device-mapper. The pool is one f
 ``pool attach`` at <state_dir>/pool; device N is N.img in it, a copy is FICLONE of its origin's file (ioctl_ficlone(2)).
 
 Limit: who was given a loop device's node may put a file of his own behind it (loop(4) asks for no capability). So root
-never mounts a device that was given out, and every look at a device asks which inode it stands on.
+never mounts a device that was given out, and takes none for its own that was bound anew: loops.py.
 """
 
 import errno
 import fcntl
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from privhelper import kernel, loops
@@ -22,7 +22,8 @@ from privhelper.stores.base import BASE, READY, PoolStatus, StoreError
 _XFS_MAGIC: Final = 0x58465342
 _FICLONE: Final = 0x40049409
 _IMAGE: Final = re.compile(r"(0|[1-9][0-9]{0,17})\.img", re.ASCII)
-_FOR_MOUNTS: Final = b"imgpull: root mounts this"
+_GIVEN, _MOUNTED = "given", "mounted"  # what a loop device is for: to be opened by a user, to be mounted by root
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _FULL_BYTES: Final = 1 << 20  # XFS never gives its last few blocks away
 CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 ATTACH: Final = "attach it as root: imgpull-helper pool attach"
@@ -60,8 +61,7 @@ class ReflinkStore:
                 fcntl.ioctl(copy, _FICLONE, source)
 
     def delete(self, dev: int) -> None:
-        """Free a device; absent is fine."""
-        self.deactivate(dev)
+        """Free an inactive device; absent is fine."""
         try:
             os.unlink(self._image(dev))
         except FileNotFoundError:
@@ -69,8 +69,11 @@ class ReflinkStore:
         sync_folder(self._mount_point)
 
     def devices(self) -> set[int]:
-        """Return the numbers that the pool really holds."""
-        return {int(name[:-4]) for name in os.listdir(self._mount_point) if _IMAGE.fullmatch(name)} - {BASE}
+        """Return the numbers that the pool really holds; a folder that is no pool is not taken for an empty one."""
+        with closing(os.open(self._mount_point, _FOLDER)) as folder:
+            if not self._is_pool(folder):
+                raise StoreError("pool", f"the pool is absent; {ATTACH}")
+            return {int(name[:-4]) for name in os.listdir(folder) if _IMAGE.fullmatch(name)} - {BASE}
 
     def resize(self, dev: int, size_bytes: int) -> None:
         """Make an inactive device larger."""
@@ -84,9 +87,11 @@ class ReflinkStore:
 
     def activate(self, dev: int, read_only: bool) -> str:
         """Put the image behind a loop device and return its path."""
-        if dev in self.active():
-            raise StoreError("busy", f"device {dev} is active already")
-        return self._attach(dev, read_only, b"")
+        for node in self._nodes(dev, _GIVEN):
+            if node.is_ours:
+                raise StoreError("busy", f"device {dev} is active already")
+            self._detach(node.path)  # its user unbound it, or a crash came before it was bound
+        return self._attach(dev, read_only, _GIVEN)
 
     def grant(self, path: str, uid: int, writable: bool) -> None:
         """Let one user open the node of an active device."""
@@ -94,45 +99,42 @@ class ReflinkStore:
 
     def mount_read_only(self, dev: int) -> int:
         """Mount a device by a loop device of root's own, which nobody was given."""
-        paths = [path for path, label in self._loops().get(dev, ()) if label == _FOR_MOUNTS]
-        path = paths[0] if paths else self._attach(dev, True, _FOR_MOUNTS)
+        paths = [node.path for node in self._nodes(dev, _MOUNTED) if node.is_ours]
+        path = paths[0] if paths else self._attach(dev, True, _MOUNTED)
         return kernel.mount_detached("ext4", path, ["ro"], kernel.MOUNT_ATTR_SAFE | kernel.MOUNT_ATTR_RDONLY)
 
     def deactivate(self, dev: int) -> None:
-        """Take its loop devices away; absent is fine."""
-        for path, _ in self._loops().get(dev, ()):
-            try:
-                loops.detach(path, self._settings["wait_s"])
-            except OSError as error:
-                if error.errno == errno.EBUSY:
-                    raise StoreError("busy", str(error)) from error
-                raise
+        """Take its loop devices away, and what its user made of them; absent is fine."""
+        for use in (_GIVEN, _MOUNTED):
+            for node in self._nodes(dev, use):
+                self._detach(node.path)
 
     def active(self) -> dict[int, str]:
-        """Return each active device and its path."""
-        found = self._loops()
-        return {dev: path for dev, pairs in found.items() for path, label in pairs if label != _FOR_MOUNTS}
+        """Return each device that has a loop device to give, and its path; an empty one where it is not bound."""
+        found: dict[int, str] = {}
+        for node in loops.nodes():
+            use, _, name = node.mark.partition(" ")
+            folder, image = os.path.split(name)
+            if use == _GIVEN and folder == self._mount_point and _IMAGE.fullmatch(image):
+                found[int(image[:-4])] = node.path if node.is_ours else found.get(int(image[:-4]), "")
+        return found
 
-    def _attach(self, dev: int, read_only: bool, label: bytes) -> str:
+    def _nodes(self, dev: int, use: str) -> Iterator[loops.Node]:
+        return (node for node in loops.nodes() if node.mark == f"{use} {self._image(dev)}")
+
+    def _attach(self, dev: int, read_only: bool, use: str) -> str:
         with self._open(dev, os.O_RDONLY if read_only else os.O_RDWR) as image:
-            loop, path = loops.attach(image, read_only=read_only, autoclear=False, label=label)
+            loop, path = loops.attach(image, f"{use} {self._image(dev)}", read_only=read_only, autoclear=False)
             os.close(loop)
         return path
 
-    def _loops(self) -> dict[int, list[tuple[str, bytes]]]:
-        """Return path and label of the loop devices of each image. The name only proposes; the inode decides."""
-        found: dict[int, list[tuple[str, bytes]]] = {}
-        for path, name in loops.backing_names().items():
-            folder, image = os.path.split(name)
-            match = _IMAGE.fullmatch(image)
-            if folder != self._mount_point or not match:
-                continue
-            backing = loops.backing(path)
-            with suppress(FileNotFoundError):
-                status = os.stat(name)
-                if backing and (backing.device, backing.inode) == (status.st_dev, status.st_ino):
-                    found.setdefault(int(match[1]), []).append((path, backing.label))
-        return found
+    def _detach(self, path: str) -> None:
+        try:
+            loops.detach(path, self._settings["wait_s"])
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise StoreError("busy", str(error)) from error
+            raise
 
     def settle(self, dev: int) -> None:
         """Make the image's blocks and its name durable. The loop device wrote past the page cache."""
@@ -152,12 +154,15 @@ class ReflinkStore:
 
     def _is_mounted(self) -> bool:
         try:
-            folder = os.open(self._mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            folder = os.open(self._mount_point, _FOLDER)
         except FileNotFoundError:
             return False
         with closing(folder):
-            above = os.stat(os.path.dirname(self._mount_point))
-            return os.fstat(folder).st_dev != above.st_dev and kernel.filesystem_magic(folder) == _XFS_MAGIC
+            return self._is_pool(folder)
+
+    def _is_pool(self, folder: int) -> bool:
+        above = os.stat(os.path.dirname(self._mount_point))
+        return os.fstat(folder).st_dev != above.st_dev and kernel.filesystem_magic(folder) == _XFS_MAGIC
 
 
 def open_store(settings: Mapping[str, Any], state_dir: str) -> ReflinkStore:

@@ -62,9 +62,9 @@ class ReflinkPool:
         """Unmount the pool; its loop device goes with it."""
         if self._store.status().state == "absent":
             return
-        if self._store.active():
-            raise StoreError("busy", f"active devices: {sorted(self._store.active().values())}")
-        below = [path for path, name in loops.backing_names().items() if name == self._file]
+        if active := sorted(filter(None, self._store.active().values())):
+            raise StoreError("busy", f"active devices: {active}")
+        below = [node.path for node in loops.nodes() if node.mark == f"pool {self._file}"]
         try:
             kernel.unmount(self._mount_point)
         except OSError as error:
@@ -94,7 +94,7 @@ class ReflinkPool:
         files.claim(file, self._file, size_bytes)
 
     def _with_mount(self, file: int, use: Callable[[int], None]) -> None:
-        loop, path = loops.attach(file, read_only=False)
+        loop, path = loops.attach(file, f"pool {self._file}", read_only=False)
         try:
             mount = kernel.mount_detached("xfs", path, [], kernel.MOUNT_ATTR_SAFE)
         finally:
@@ -113,7 +113,7 @@ class ReflinkPool:
         try:
             os.ftruncate(base, self._settings["base_bytes"])
             ext4.format_device(f"/proc/{os.getpid()}/fd/{base}", identity, self._settings)
-            loop, path = loops.attach(base, read_only=False)
+            loop, path = loops.attach(base, f"base {self._file}", read_only=False)
             try:
                 ext4.empty(path)
             finally:

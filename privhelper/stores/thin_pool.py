@@ -211,7 +211,7 @@ def _open_backing(path: str) -> int:
     if stat.S_ISBLK(os.fstat(file).st_mode):
         return file
     try:
-        return loops.attach(file, read_only=False)[0]
+        return loops.attach(file, f"pool {path}", read_only=False)[0]
     finally:
         os.close(file)
 

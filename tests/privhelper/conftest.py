@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from privhelper import loops
 from tests.privhelper.client import Helper, Layer, helper_command
 
 POOL_BYTES = 4 << 30
@@ -60,6 +61,11 @@ class Installation:
         pool = f"{self.state}/pool/"
         return {int(name.removeprefix(pool).split(".")[0]): loop for loop, name in pairs if name.startswith(pool)}
 
+    def marks(self) -> list[str]:
+        """Return the marks of the loop devices that the helper made for this pool's images, bound or not."""
+        pool = f"{self.state}/pool/"
+        return [node.mark for node in loops.nodes() if node.mark.partition(" ")[2].startswith(pool)]
+
     def assert_agrees(self) -> None:
         """Ledger, pool, loop devices, manifests and locks tell the same; nothing is on its way."""
         rows = self.rows()
@@ -67,6 +73,7 @@ class Installation:
         assert {row["dev"] for row in rows} == self.images()
         active = {row["dev"] for row in rows if row["kind"] == "activation"}
         assert set(self.loops()) <= active
+        assert {int(Path(mark).stem) for mark in self.marks()} <= active
         manifests = {int(path.name) for path in (self.state / "manifests").iterdir()}
         assert manifests == {row["dev"] for row in rows if row["kind"] == "layer"}
         with (self.state / "locks").open("rb+") as locks:

@@ -29,12 +29,27 @@ def as_user(uid: int, script: str, *words: str) -> subprocess.CompletedProcess[s
 
 
 READ = "import os,sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 512, 1024); print('read')"
+UNBIND = "import fcntl,os,sys; fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), 0x4C01); print('unbound')"
+RELABEL = """
+import fcntl, os, sys
+device = os.open(sys.argv[1], os.O_RDWR)
+told = bytearray(fcntl.ioctl(device, 0x4C05, bytes(232)))
+told[56:120] = b"imgpull: root mounts this".ljust(64, b"\\0")
+fcntl.ioctl(device, 0x4C04, bytes(told))
+print("relabelled")
+"""
 OPEN = "import os,sys; os.write(os.open(sys.argv[1], os.O_RDWR), b'mine'); print('opened')"
 
 
 def activate(helper: Any, layer: str, name: str = "a", mode: str = "rw", size: int = 0) -> dict[str, Any]:
     reply: dict[str, Any] = helper.ask("activate", layer=layer, name=name, mode=mode, size=size)
     return reply
+
+
+def magic(device: str) -> bytes:
+    """Return where ext4 has its magic number."""
+    with open(device, "rb") as file:
+        return os.pread(file.fileno(), 2, 1080)
 
 
 def test_device_is_its_users_and_nobody_elses(installation: Installation, sealed: str) -> None:
@@ -186,11 +201,55 @@ def test_owner_who_swaps_the_file_behind_his_loop_device_gains_nothing(
             fcntl.ioctl(loop, LOOP_SET_FD, file.fileno())
         (item,) = [item for item in helper.ask("list")["items"] if item["kind"] == "activation"]
         assert item["live"] is False
-        again = activate(helper, sealed)
-        assert again["device"] != device
-        assert as_user(MEMBER, OPEN, again["device"]).stdout == "opened\n"
+        again = activate(helper, sealed)["device"]
+        assert as_user(MEMBER, OPEN, again).stdout == "opened\n"
+        assert list(installation.loops().values()) == [again]
     assert mine.read_bytes() == b"\0" * (1 << 20)
-    subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_loop_device_that_its_user_unbinds_is_taken_back(installation: Installation, sealed: str) -> None:
+    """The node would stay open to him when the next program gets that number, and devices would pile up without end."""
+    with installation.connect(MEMBER) as helper:
+        for _ in range(3):
+            device = activate(helper, sealed)["device"]
+            assert as_user(MEMBER, UNBIND, device).stdout == "unbound\n"
+        activate(helper, sealed)
+        assert len(installation.marks()) == 1
+        (device,) = installation.loops().values()
+        assert as_user(MEMBER, UNBIND, device).stdout == "unbound\n"
+        with open(device, "rb"):  # whoever keeps it open holds a node that nothing will ever stand behind
+            assert helper.ask("deactivate", name="a")["type"] == "ok"
+            assert "PermissionError" in as_user(MEMBER, READ, device).stderr
+        assert helper.ask("reconcile")["type"] == "ok"
+    assert installation.marks() == []
+
+
+def test_label_that_its_user_gives_his_device_means_nothing(installation: Installation, sealed: str) -> None:
+    """LOOP_SET_STATUS64 asks for no capability of who may write: name, offset and size are his to say."""
+    with installation.connect(MEMBER) as helper:
+        device = activate(helper, sealed)["device"]
+        assert as_user(MEMBER, RELABEL, device).stdout == "relabelled\n"
+        (item,) = [item for item in helper.ask("list")["items"] if item["kind"] == "activation"]
+        assert (item["device"], item["live"]) == (device, True)
+        assert activate(helper, sealed)["device"] == device
+        assert len(installation.loops()) == 1
+
+
+def test_nobody_asks_what_stands_behind_the_device_of_another(
+    installation: Installation, sealed: str, tmp_path: Path
+) -> None:
+    """It can be a file of a file system that never answers (FUSE): whoever asks waits for ever, with his locks."""
+    trace = tmp_path / "trace"
+    with installation.connect(MEMBER) as victim:
+        device = activate(victim, sealed)["device"]
+        with installation.connect(OTHER, prefix=("strace", "-o", str(trace), "-e", "trace=openat,ioctl")) as helper:
+            assert activate(helper, sealed)["type"] == "ok"
+            assert helper.ask("list")["type"] == "ok"
+            assert helper.ask("reconcile")["actions"] == []
+            assert helper.ask("deactivate", name="a")["type"] == "ok"
+    text = trace.read_text()
+    assert "LOOP_CONFIGURE" in text and "LOOP_CLR_FD" in text
+    assert "LOOP_GET_STATUS" not in text and f'"{device}"' not in text
 
 
 CHANGE = """
@@ -223,12 +282,11 @@ def test_reader_who_changes_the_file_behind_his_device_does_not_reach_roots_moun
         assert os.read(passwd, 99) == b"root:x:0:0\n"
         os.close(passwd)
         again = activate(helper, sealed, mode="ro")
-        assert again["device"] != reply["device"], "what stands on his own file is not taken for ours"
+        assert magic(again["device"]) == b"\x53\xef", "his own file is taken for ours"
         for fd in (mount, *again["fds"]):
             os.close(fd)
         assert helper.ask("deactivate", name="a")["type"] == "ok"
-    assert set(installation.loops()) == set()
-    subprocess.run(["losetup", "-d", reply["device"]], check=True)
+    assert (installation.loops(), installation.marks()) == ({}, [])
 
 
 def test_file_of_the_same_name_in_a_namespace_of_ones_own_is_not_taken_for_ours(
@@ -248,8 +306,7 @@ def test_file_of_the_same_name_in_a_namespace_of_ones_own_is_not_taken_for_ours(
             assert Path(f"/sys/block/{Path(device).name}/loop/backing_file").read_text() == image + "\n"
             (item,) = [item for item in helper.ask("list")["items"] if item["kind"] == "activation"]
             assert item["live"] is False
-            assert activate(helper, sealed)["device"] != device
-            subprocess.run(["losetup", "-d", device], check=True)
+            assert magic(activate(helper, sealed)["device"]) == b"\x53\xef"  # not the empty file
             namespace.communicate("end\n")
 
 
@@ -274,6 +331,7 @@ def test_no_device_number_is_used_while_somebody_holds_it_open(installation: Ins
         assert f"/dev/loop{number}" not in seen
         assert os.pread(held, 512, 0) == b""
         os.close(held)
+        assert len(helper.ask("reconcile")["actions"]) == 1  # only now can the number go
         payload.unlink()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from privhelper import administer, devices, policy, protocol
+from privhelper import administer, devices, loops, policy, protocol
 from privhelper.answers import Answers
 from privhelper.errors import AnswerError
 from privhelper.ledger import Ledger
@@ -41,6 +41,12 @@ def clone_base(installation: Installation, number: int) -> str:
     return str(pool / f"{number}.img")
 
 
+def bind(image: str) -> None:
+    """Put an image behind a loop device, as a helper does that is killed right after."""
+    with open(image, "r+b") as file:
+        os.close(loops.attach(file.fileno(), f"given {image}", read_only=False, autoclear=False)[0])
+
+
 def test_nothing_to_do(installation: Installation, sealed: str) -> None:
     with installation.connect(MEMBER) as helper:
         helper.ask("activate", layer=sealed, name="a", mode="rw", size=0)
@@ -55,7 +61,7 @@ def test_image_without_a_row(installation: Installation, sealed: str) -> None:
 
 
 def test_loop_device_without_a_row(installation: Installation, sealed: str) -> None:
-    subprocess.run(["losetup", "-f", clone_base(installation, 998)], check=True)
+    bind(clone_base(installation, 998))
     assert reconcile(installation) == [
         "deactivated device 998, which nobody was given",
         "deleted device 998, which the ledger does not know",
@@ -64,7 +70,7 @@ def test_loop_device_without_a_row(installation: Installation, sealed: str) -> N
 
 def test_sealed_layer_that_is_active(installation: Installation, sealed: str) -> None:
     (row,) = installation.rows()
-    subprocess.run(["losetup", "-f", str(installation.state / f"pool/{row['dev']}.img")], check=True)
+    bind(str(installation.state / f"pool/{row['dev']}.img"))
     assert reconcile(installation) == [f"deactivated device {row['dev']}, which nobody was given"]
     assert installation.loops() == {}
 
