@@ -5,6 +5,7 @@ Rule 2: it gives up every capability that policy/authority.toml does not list be
 Rule 3: no module that runs a program, or that makes or changes a pool, is loaded for ``serve``.
 """
 
+import errno
 import os
 import resource
 import socket
@@ -38,7 +39,8 @@ def main(arguments: list[str]) -> int:
     except AnswerError as error:
         return _fail(EXIT_CODES[error.code], str(error))
     except (OSError, sqlite3.Error) as error:
-        return _fail(EXIT_CODES["fault"], str(error))
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(EXIT_CODES["no_room" if full else "fault"], str(error))
 
 
 def _load(arguments: list[str]) -> tuple[Policy, list[str]]:
