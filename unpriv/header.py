@@ -28,7 +28,8 @@ ZERO_BLOCK: Final = bytes(BLOCK_BYTES)
 MAX_NUMBER: Final = (1 << 63) - 1
 
 _LAYOUT: Final = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12s")
-_POSIX: Final = b"ustar\x0000"
+# The version is 00; NULs and spaces in its place mean nothing else to any reader.
+_POSIX: Final = (b"ustar\x0000", b"ustar\0\0\0", b"ustar\0  ")
 _GNU: Final = b"ustar  \0"
 _V7: Final = bytes(8)
 _PAD: Final = bytes(12)
@@ -73,7 +74,7 @@ def parse(block: bytes) -> Header:
     ) = _LAYOUT.unpack(block)  # fmt: skip
     _expect_checksum(block, checksum)
     name = text(name, "name")
-    if magic == _POSIX:
+    if magic in _POSIX:
         if pad != _PAD:
             raise RejectedError(HEADER_RESERVED, "data behind the prefix; a star archive has it there")
         if prefix != _NO_PREFIX:
@@ -84,7 +85,7 @@ def parse(block: bytes) -> Header:
         raise RejectedError(HEADER_MAGIC, f"unknown magic {magic!r}")
     elif any(uname) or any(gname) or prefix != _NO_PREFIX or pad != _PAD:  # GNU tar writes device numbers even here
         raise RejectedError(HEADER_RESERVED, "a version 7 header with data behind its link name")
-    length = number_or_blank(size, "size") if size[0] in b"\0 " else number(size, "size")
+    length = number_or_blank(size, "size") if size[0] == 0x20 else number(size, "size")
     known = _SMALL
     return _new(
         Header,
@@ -156,6 +157,8 @@ def number(field: bytes, what: str) -> int:
     value = _SMALL.get(field)
     if value is not None:
         return value
+    if not field.strip(b"\0"):  # what Rust's tar leaves for 0, and every reader takes for it
+        return 0
     value = _number(field, what)
     if value is None:
         raise RejectedError(NUMBER_MALFORMED, f"{what} is blank")
@@ -169,13 +172,13 @@ def number(field: bytes, what: str) -> int:
 
 
 def number_or_blank(field: bytes, what: str) -> int | None:
-    """Return a number that is not negative, or None for a field of spaces or NULs."""
-    return None if not field.strip(b"\0") or _BLANK.fullmatch(field) else number(field, what)
+    """Return a number that is not negative, or None for a field of spaces."""
+    return None if b" " in field and _BLANK.fullmatch(field) else number(field, what)
 
 
 def signed(field: bytes, what: str) -> int:
     """Return a number that may be negative (times before 1970, in base-256)."""
-    value = _number(field, what)
+    value = _number(field, what) if field.strip(b"\0") else 0
     if value is None:
         raise RejectedError(NUMBER_MALFORMED, f"{what} is blank")
     return value

@@ -1,7 +1,7 @@
 """The body of a PAX extended header: bytes in, checked overrides out.
 
 Rule 1: the grammar is exact (POSIX pax, "pax Header Block"); one bad record refuses the archive.
-Rule 2: every key is known: obeyed, counted and left out, or refused. Unknown keys of vendors change nothing anywhere.
+Rule 2: every key is obeyed, counted and left out, or refused. Those that nobody knows change nothing anywhere.
 """
 
 import base64
@@ -50,6 +50,7 @@ _FORBIDDEN: Final = (
     b"SUN.devmajor", b"SUN.devminor", b"SUN.fflags",
     b"GNU.volume.", b"GNU.dumpdir", b"GNU.", b"realtime.", b"security.",
 )  # fmt: skip
+_KEYWORDS: Final = (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime", b"hdrcharset")
 _CHARSETS: Final = (b"BINARY", b"ISO-IR 10646 2000 UTF-8")
 
 
@@ -162,8 +163,8 @@ def _dropped(overrides: Overrides, key: bytes, value: bytes) -> str:
         return XATTR_DROPPED
     if key.startswith(_FORBIDDEN):
         raise RejectedError(PAX_KEY_FORBIDDEN, f"the PAX record {_shown(key)}")
-    if b"." not in key and key != b"charset":  # POSIX keeps all words without a vendor's prefix for itself
-        raise RejectedError(PAX_KEY_FORBIDDEN, f"the unknown PAX record {_shown(key)}")
+    if key.strip().lower() in _KEYWORDS:  # it only looks like one, so a lenient reader may take it for it
+        raise RejectedError(PAX_KEY_FORBIDDEN, f"the PAX record {_shown(key)}, nearly a keyword")
     return VENDOR_RECORD_DROPPED
 
 
