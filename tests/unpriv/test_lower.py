@@ -172,7 +172,7 @@ VALUES = {
     "size": (0, 1, 9_999_999_999, 10**10, protocol.MAX_FILE_BYTES, protocol.MAX_FILE_BYTES + 1),
     "at": (0, 512, protocol.MAX_PAYLOAD_BYTES, protocol.MAX_PAYLOAD_BYTES + 1),
 }
-TAKEN = {
+TAKEN: dict[str, set[Any]] = {
     "mode": {0, 999, 1000, 3999, 4000, 0o7777},
     "uid": {0, 9, 999_999_999, (1 << 32) - 2},
     "gid": {0, 4_000_000_000},
