@@ -356,9 +356,17 @@ def gc(**arguments: Any) -> None:
     _run("gc", **arguments)
 
 
+def _one_run(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> str | None:
+    """Take `RUN` and `show RUN` for the same."""
+    words = words[1:] if words[:1] == ("show",) else words
+    if len(words) > 1:
+        raise click.UsageError(f"got unexpected extra argument ({words[1]})")
+    return words[0] if words else None
+
+
 @imgpull.command(short_help="List the runs, or show one.")
-@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=_known("runs"))
-@click.option("--active", is_flag=True, help="Only those at work.")
+@click.argument("run_id", metavar="[[show] RUN]", nargs=-1, callback=_one_run, shell_complete=_known("runs"))
+@click.option("--active", is_flag=True, help="Only those that have not ended: at work or interrupted.")
 @list_options
 @common
 def runs(**arguments: Any) -> None:

@@ -9,10 +9,11 @@ import json
 import os
 import platform
 import sys
+import time
 import tomllib
 from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from broker import console, store
 from broker import pins as pin_files
@@ -33,8 +34,6 @@ def _print_json(value: Any) -> None:
 def _result(kind: str, as_json: bool, text: str, **fields: Any) -> None:
     """Print what a command that changes something has achieved."""
     if as_json:
-        import time
-
         print(
             json.dumps(
                 {"v": 1, "type": "result", "result": kind, "time": round(time.time(), 3), **fields}, sort_keys=True
@@ -562,14 +561,17 @@ def _print_codes(rules: dict[str, dict[str, str]], as_json: bool) -> None:
 
 # ---------------------------------------------------------------- runs
 
-RUN_COLUMNS = [
-    Column("run", lambda r: r.id),
-    Column("machine", lambda r: r.machine),
-    Column("state", lambda r: r.outcome or "active"),
-    Column("step", lambda r: r.step),
-    Column("attempt", lambda r: r.attempt, str, right=True),
-    Column("started", lambda r: r.created_ms, ago),
-    Column("subject", lambda r: subject(r)),
+LOGGED: Final = 1000  # pulls of an image that are shown at most
+IDLE: Final = "no run was interrupted; what is at work in another process is left to it"
+
+RUN_COLUMNS = [  # of a run and its state
+    Column("run", lambda r: r[0].id),
+    Column("machine", lambda r: r[0].machine),
+    Column("state", lambda r: r[1]),
+    Column("step", lambda r: r[0].step),
+    Column("attempt", lambda r: r[0].attempt, str, right=True),
+    Column("started", lambda r: r[0].created_ms, ago),
+    Column("subject", lambda r: subject(r[0])),
 ]
 
 
@@ -592,14 +594,14 @@ def runs(settings: Settings, *, run_id: str | None, active: bool, as_json: bool,
             if lookup is None:
                 raise ImgpullError("no-such-run", f"{run_id}: no such run here")
             record = work.run_record(lookup, run_id)
-            _print_run(lookup.events(record), record, as_json)
+            _print_run(lookup.events(record), record, lookup.state(record), as_json)
             return 0
-        rows = lookup.runs(active_only=active, limit=200) if lookup else []
+        rows = [(r, lookup.state(r)) for r in lookup.runs(active_only=active, limit=200)] if lookup else []
     _table(rows, RUN_COLUMNS, as_json=as_json, **options)
     return 0
 
 
-def _print_run(events: list[Any], record: Any, as_json: bool) -> None:
+def _print_run(events: list[Any], record: Any, state: str, as_json: bool) -> None:
     if as_json:
         shown = [
             {"type": e.type, "step": e.step, "attempt": e.attempt, "time_ms": e.at_ms, **e.payload} for e in events
@@ -608,54 +610,75 @@ def _print_run(events: list[Any], record: Any, as_json: bool) -> None:
             {
                 "run": record.id,
                 "machine": record.machine,
-                "state": record.outcome or "active",
+                "state": state,
                 "step": record.step,
                 "events": shown,
             }
         )
         return
-    print(f"run {record.id}: {record.machine} of {console.escape(subject(record))}, {record.outcome or 'active'}")
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.created_ms / 1000))
+    print(f"run {record.id}: {record.machine} of {console.escape(subject(record))}, {state}, started {started}")
     first = events[0].at_ms if events else 0
     for event in events:
         words = [f"{(event.at_ms - first) / 1000:10.3f} s", f"{event.type:<10}"]
         words.append(f"{event.step or '':<10}" + (f" #{event.attempt}" if event.attempt and event.attempt > 1 else ""))
         if "duration_ms" in event.payload:
             words.append(f"{event.payload['duration_ms']} ms")
-        if event.payload.get("reason"):
-            words.append(console.escape(event.payload["reason"])[:500])
+        if why := event.payload.get("reason") or event.payload.get("cause"):
+            words.append(console.escape(why)[:500])
         print("  ".join(words).rstrip())
+    if record.active:
+        print(f"{(time.time() * 1000 - first) / 1000:10.3f} s  now         {_now(record, state)}")
+
+
+def _now(record: Any, state: str) -> str:
+    """Return what an active run does, or waits for."""
+    where = f"{record.step}, attempt {record.attempt}"
+    if state == "interrupted":
+        return f"interrupted in {where}: `imgpull resume {record.id}` goes on, and so does the command that began it"
+    if record.due_ms is not None and (left_s := record.due_ms / 1000 - time.time()) > 0:
+        return f"waits {left_s:.1f} s for {where}"
+    return f"at work: {where}"
 
 
 def log(settings: Settings, *, image: str, as_json: bool) -> int:
     """Show every step of the pulls of an image and of the layers that they started."""
     from broker import work
 
-    try:
-        ref = find_image(settings, image).ref
-    except ImgpullError:
-        ref = str(Reference.parse(image)) if image.startswith("s3://") else image
     with work.looking(settings) as lookup:
-        found = [r for r in lookup.runs("pull", limit=1000) if subject(r) == ref] if lookup else []
+        found = _pulls_of(lookup, settings, image) if lookup else []
         if not found or lookup is None:
             raise ImgpullError("no-such-image", f"{image}: never pulled here")
-        whole = [(r, lookup.events(r)) for p in reversed(found) for r in (p, *lookup.children(p))]
+        whole = [(r, lookup.events(r), lookup.state(r)) for p in reversed(found) for r in (p, *lookup.children(p))]
     if as_json:
         _print_json(
             [
-                {"run": r.id, "machine": r.machine, "subject": subject(r), "state": r.outcome or "active"}
+                {"run": r.id, "machine": r.machine, "subject": subject(r), "state": state}
                 | {
                     "events": [
                         {"type": e.type, "step": e.step, "attempt": e.attempt, "time_ms": e.at_ms, **e.payload}
                         for e in events
                     ]
                 }
-                for r, events in whole
+                for r, events, state in whole
             ]
         )
         return 0
-    for record, events in whole:
-        _print_run(events, record, False)
+    for record, events, state in whole:
+        _print_run(events, record, state, False)
     return 0
+
+
+def _pulls_of(lookup: Any, settings: Settings, image: str) -> list[Any]:
+    """Return the pulls of an image, newest first: of one that is here, of a reference, or of a name that was tried."""
+    try:
+        found = find_image(settings, image)
+        return list(lookup.runs("pull", store.pull_key(found.ref, found.endpoint), limit=LOGGED))
+    except ImgpullError:
+        if image.startswith("s3://"):
+            return list(lookup.runs("pull", store.pull_key(str(Reference.parse(image)), settings.source), limit=LOGGED))
+    newest = lookup.runs("pull", limit=LOGGED)
+    return [r for r in newest if subject(r).rstrip("/").rsplit("/", 1)[-1] == image]
 
 
 def resume(settings: Settings, *, run_id: str | None, quiet: bool, as_json: bool) -> int:
@@ -665,7 +688,9 @@ def resume(settings: Settings, *, run_id: str | None, quiet: bool, as_json: bool
     with metrics.kept(settings):
         ended = work.resume(settings, console.reporter(settings.progress, as_json, quiet), run_id)
     bad = [row for row in ended if row["state"] != "done"]
-    _result("resume", as_json, "" if quiet else f"{len(ended)} runs ended, {len(bad)} of them badly", runs=ended)
+    told = [f"{row['run']}: {row['state']}: {console.escape(row['reason'] or '')}" for row in bad]
+    told.append(f"{len(ended)} interrupted runs have ended, {len(ended) - len(bad)} of them well" if ended else IDLE)
+    _result("resume", as_json, "" if quiet else "\n".join(told), runs=ended)
     return 1 if bad else 0
 
 
@@ -673,8 +698,8 @@ def cancel(settings: Settings, *, run_id: str, as_json: bool) -> int:
     """Cancel a run."""
     from broker import work
 
-    state = work.cancel(settings, run_id)
-    _result("cancel", as_json, f"{run_id}: {state}", run=run_id, state=state)
+    whole_id, state, before = work.cancel(settings, run_id)
+    _result("cancel", as_json, f"{whole_id}: {'had ended before, ' * before}{state}", run=whole_id, state=state)
     return 0
 
 

@@ -16,7 +16,7 @@ Seconds = Annotated[float, Field(ge=0, description="seconds")]
 Millis = Annotated[int, Field(ge=0, description="milliseconds since the epoch")]
 Mode = Literal["ro", "rw"]
 Stage = Literal["waiting", "fetching", "checking", "committing", "ready", "shared", "failed"]
-State = Literal["active", "done", "aborted", "cancelled", "handed_off", "quarantined"]
+State = Literal["active", "interrupted", "done", "aborted", "cancelled", "handed_off", "quarantined"]
 
 
 class Output(BaseModel):

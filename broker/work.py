@@ -454,10 +454,9 @@ def looking(settings: Settings) -> Generator[Lookup | None, None, None]:
 
 def run_record(lookup: Lookup, word: str) -> RunRecord:
     """Return the run with this id, or the only one that begins so."""
-    found = [r for r in lookup.runs(limit=10_000) if r.id.startswith(word.upper())]
+    found = lookup.begins(word.upper(), 2)
     if len(found) != 1:
-        many = f"{len(found)} runs begin so" if found else "no such run here"
-        raise ImgpullError("no-such-run", f"{word}: {many}")
+        raise ImgpullError("no-such-run", f"{word}: {'more than one run begins so' if found else 'no such run here'}")
     return found[0]
 
 
@@ -466,23 +465,25 @@ def resume(settings: Settings, report: Reporter, run_id: str | None) -> list[dic
 
     async def work() -> list[dict[str, Any]]:
         async with opened(settings, report) as (_, engine):
-            word = run_record(engine.lookup, run_id).id if run_id else None
-            ended = []
-            for taken in await engine.resume(word):
-                outcome = await engine.wait(taken)
-                ended.append({"run": taken, "state": outcome.kind, "reason": outcome.reason})
-            return ended
+            one = run_record(engine.lookup, run_id) if run_id else None
+            taken = [one.id] if one and not one.active else await engine.resume(one.id if one else None)
+            if one and not taken and engine.lookup.run(one.id).active:
+                raise ImgpullError(
+                    "busy", f"run {one.id} is at work in another process", advice=f"`imgpull runs {one.id}` shows it"
+                )
+            outcomes = [await engine.wait(run_id) for run_id in taken]
+            return [{"run": o.run_id, "state": o.kind, "reason": o.reason} for o in outcomes]
 
     return run(work)
 
 
-def cancel(settings: Settings, run_id: str) -> str:
-    """Cancel a run. Returns: how it ended."""
+def cancel(settings: Settings, run_id: str) -> tuple[str, str, bool]:
+    """Cancel a run. Returns: its id, how it ended, and whether it had ended before."""
 
-    async def work() -> str:
+    async def work() -> tuple[str, str, bool]:
         async with opened(settings, Reporter()) as (_, engine):
             record = run_record(engine.lookup, run_id)
             await engine.cancel(record.id, cause="cancelled by the user")
-            return (await engine.wait(record.id)).kind
+            return record.id, (await engine.wait(record.id)).kind, not record.active
 
     return run(work)

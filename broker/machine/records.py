@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeVar, cast
 from pydantic import BaseModel, JsonValue
 
 from broker.machine.database import APPLICATION_ID, check_schema, connect, translated
+from broker.machine.ownership import is_owned
 from broker.machine.schema import SCHEMA
 from broker.machine.signals import Abort, DamagedStateError, MachineError, UnknownRunError
 
@@ -202,6 +203,7 @@ def _check_cursor(run: RunRecord) -> None:
 # ruff: noqa: S608
 QUERIES: Final[dict[str, str]] = {
     "run": f"SELECT {COLUMNS} FROM run WHERE id = ?",
+    "begins": f"SELECT {COLUMNS} FROM run WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
     "row": f"SELECT {COLUMNS} FROM run WHERE seq = ?",
     "active": f"SELECT {COLUMNS} FROM run WHERE machine = ? AND key = ? AND outcome IS NULL",
     "latest": f"SELECT {COLUMNS} FROM run WHERE machine = ? AND key = ? ORDER BY seq DESC LIMIT 1",
@@ -240,6 +242,10 @@ class Lookup:
             raise UnknownRunError(f"no run has the id {run_id!r}")
         return to_record(rows[0])
 
+    def begins(self, prefix: str, limit: int) -> list[RunRecord]:
+        """Give runs whose id begins so. Damaged ones are left out, logged."""
+        return list(_readable(self._all("begins", prefix, f"{prefix}~", limit)))  # no letter of an id is after "~"
+
     def row(self, seq: int) -> RunRecord:
         """Give the run with a sequence number. Raises: UnknownRunError."""
         rows = self._all("row", seq)
@@ -277,6 +283,10 @@ class Lookup:
         if key is None:
             return list(_readable(self._all("machine_runs", machine, before, limit)))
         return list(_readable(self._all("key_runs", machine, key, before, limit)))
+
+    def state(self, run: RunRecord) -> str:
+        """Give a run's outcome; of an active run "active" while a process works at it, else "interrupted"."""
+        return run.outcome or ("active" if is_owned(f"{self._path}-owners", run.seq) else "interrupted")
 
     def active_seqs(self) -> list[int]:
         """Give the sequence numbers of all active runs, oldest first."""

@@ -425,6 +425,16 @@ async def test_every_query_uses_an_index(path: Path, analysed: bool) -> None:
             assert bad == [], f"{name}: {plan}"
 
 
+async def test_a_run_is_found_by_the_beginning_of_its_id_however_old(path: Path) -> None:
+    async with engine_of(path, MACHINE) as engine:
+        started = await engine.start(MACHINE, "k", Ask())
+        await engine.wait(started.id)
+    _many(path, 10_000)
+    async with engine_of(path, MACHINE) as engine:
+        assert [run.id for run in engine.lookup.begins(started.id[:9], 2)] == [started.id]
+        assert engine.lookup.begins(f"{started.id}0", 2) == []
+
+
 def _walks(line: str) -> bool:
     """Say whether a line of a plan reads a table from end to end, or sorts one."""
     if line.startswith("SCAN"):

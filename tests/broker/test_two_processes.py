@@ -131,6 +131,52 @@ def test_second_pull_draws_the_bytes_of_the_first_on_a_terminal(fetching: World)
     assert second.returncode == 0
 
 
+def test_runs_of_another_process_are_shown_cancelled_and_gone_on_with(world: World) -> None:
+    world.put("one", bytes(1000))
+    (world.folder / "slow-network").touch()
+    first = start(world, "pull", REF)
+    until_fetching(world)
+    rows = json.loads(world.run("runs", "--active", "--json")[1])
+    assert [(row["machine"], row["state"]) for row in rows] == [("layer", "active"), ("pull", "active")]
+    run = rows[1]["run"]
+    assert "at work: layers, attempt 1" in world.run("runs", "show", run)[1]
+    code, _, err = world.run("resume", run)
+    assert code == 75 and f"run {run} is at work in another process" in err
+    assert world.run("cancel", run.lower())[:2] == (0, f"{run}: cancelled\n")
+    assert first.wait(120) == 75
+    assert "cancelled by the user" in first.communicate()[1]
+    assert world.run("cancel", run)[:2] == (0, f"{run}: had ended before, cancelled\n")
+    code, out, _ = world.run("resume", run)
+    assert code == 1 and out.startswith(f"{run}: cancelled: cancelled by the user\n")
+
+
+def test_runs_of_a_dead_process_are_told_as_interrupted(world: World) -> None:
+    world.put("one", bytes(1000))
+    (world.folder / "slow-network").touch()
+    first = start(world, "pull", REF)
+    until_fetching(world)
+    first.kill()
+    first.communicate()
+    rows = json.loads(world.run("runs", "--active", "--json")[1])
+    assert [(row["machine"], row["state"]) for row in rows] == [("layer", "interrupted"), ("pull", "interrupted")]
+    run = rows[1]["run"]
+    assert f"interrupted in layers, attempt 1: `imgpull resume {run}` goes on" in world.run("runs", run)[1]
+    (world.folder / "slow-network").unlink()
+    assert world.run("resume")[:2] == (0, "2 interrupted runs have ended, 2 of them well\n")
+    assert world.run("resume")[1].startswith("no run was interrupted")
+    assert json.loads(world.run("runs", "--active", "--json")[1]) == []
+
+
+def test_log_of_an_image_that_never_became_ready(world: World) -> None:
+    world.put("two", b"evil")
+    assert world.run("pull", "s3://bucket/images/two")[0] == 65
+    for word in ("two", "s3://bucket/images/two", "s3://bucket/images/two/"):
+        code, out, err = world.run("log", word)
+        assert code == 0, err
+        assert "refused by rule path_escapes_root" in out
+    assert world.run("log", "never")[0] == 66
+
+
 def until_fetching(world: World) -> None:
     """Wait until the first process has told of half a layer."""
     while not (world.paths.board.exists() and (500).to_bytes(8, "little") in world.paths.board.read_bytes()):
