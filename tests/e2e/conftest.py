@@ -171,7 +171,7 @@ def kill(pid: int) -> bool:
     return True
 
 
-def wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     """Wait for what the kernel does on its own time after a kill: a process to be reaped, a loop to clear itself."""
     end_s = time.monotonic() + timeout_s
     while not condition():

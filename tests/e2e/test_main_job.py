@@ -21,6 +21,7 @@ from tests.support.reference import differences, read_device, read_tree, unpack
 
 pytestmark = pytest.mark.root
 KILLS = 30
+KINDS = ("unpriv.fetch", "unpriv.check", "helper", "broker")
 
 
 def commits(user: User) -> int:
@@ -163,20 +164,34 @@ def test_concurrent_pulls_of_two_users_commit_each_layer_once(user: User, second
     assert user.json("pool")["layers"] == 4
 
 
+def kinds_of_processes(user: User) -> dict[int, str]:
+    """Return the processes that work for a user, with what each is."""
+    found = dict.fromkeys((pid for top in user.helper.processes() for pid in (top, *children(top))), "helper")
+    for pid, command in processes_of(user.account.uid).items():
+        found[pid] = next((kind for kind in KINDS if kind in command), "broker")
+    return found
+
+
 def test_kill_any_process_at_any_moment(user: User, small: dict[str, str]) -> None:
-    """kill -9 of one process, 30 times over a pull; then the same pull ends well and nothing is left over."""
+    """kill -9 of one process, 30 times over a pull; then the same pull ends well and nothing is left over.
+
+    Each kind of process has its turn, at some moment of its life: a kill at a moment of the clock finds, on a slow
+    machine, nothing but processes that start.
+    """
     chance = random.Random(int(os.environ.get("IMGPULL_SEED", "20261")))
     names: dict[str, int] = {}
-    for _ in range(KILLS):
+    for number in range(KILLS):
         process = user.start("pull", small["left"])
-        time.sleep(chance.uniform(0.2, 2.2))
-        victims = processes_of(user.account.uid)
-        victims |= {pid: "helper" for top in user.helper.processes() for pid in (top, *children(top))}
+        wanted = KINDS[number % len(KINDS)]
+        while wanted not in kinds_of_processes(user).values() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.5))
+        found = kinds_of_processes(user)
+        victims = sorted(pid for pid in found if found[pid] == wanted) or sorted(found)
         if victims:
-            pid = chance.choice(sorted(victims))
+            pid = chance.choice(victims)
             if kill(pid):
-                word = next((w for w in ("unpriv.fetch", "unpriv.check", "helper") if w in victims[pid]), "broker")
-                names[word] = names.get(word, 0) + 1
+                names[found[pid]] = names.get(found[pid], 0) + 1
         process.communicate(timeout=120)
         device = user.run("pull", small["left"]).strip()
         assert user.may_write(device)
@@ -196,22 +211,19 @@ def test_memory_of_every_process_stays_small(user: User, bucket: Bucket, tmp_pat
     peaks: dict[str, int] = {}
     process = user.start("pull", ref, "--no-activate")
     while process.poll() is None:
-        pids = processes_of(user.account.uid)
-        pids |= {pid: "helper" for top in user.helper.processes() for pid in (top, *children(top))}
-        for pid, command in pids.items():
-            word = next((w for w in ("unpriv.fetch", "unpriv.check", "helper") if w in command), "broker")
+        for pid, kind in kinds_of_processes(user).items():
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
             except OSError:
                 continue
             for line in status.splitlines():
                 if line.startswith("VmHWM:"):
-                    peaks[word] = max(peaks.get(word, 0), int(line.split()[1]))
+                    peaks[kind] = max(peaks.get(kind, 0), int(line.split()[1]))
         time.sleep(0.02)
     said = process.communicate()[1]
     assert process.returncode == 0, said
     print("\npeak memory in MiB: " + json.dumps({name: peak >> 10 for name, peak in sorted(peaks.items())}))
-    assert set(peaks) == {"broker", "helper", "unpriv.check", "unpriv.fetch"}
+    assert set(peaks) == set(KINDS)
     assert max(peaks.values()) < 150 << 10
     for key in ("1.tar", "2.tar"):
         bucket.client.delete_object(Bucket=BUCKET, Key=f"images/huge/{key}")
