@@ -20,9 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from broker.checker import ENVIRONMENT
 from broker.policy import helpers_digest
 from broker.settings import POLICY_DIR, Settings
-from broker.worker import CHECK_ENVIRONMENT
 from privhelper import protocol
 
 ROLES: Final = ("check", "fetch")
@@ -65,7 +65,7 @@ def audit(settings: Settings) -> list[Attempt]:
 
 
 def _attempts() -> list[str]:
-    done = subprocess.run(_program("list"), check=True, capture_output=True, text=True, env=CHECK_ENVIRONMENT)
+    done = subprocess.run(_program("list"), check=True, capture_output=True, text=True, env=ENVIRONMENT)
     return done.stdout.split()
 
 
@@ -79,7 +79,7 @@ def _try(role: str, name: str, folder: str) -> str:
         _program(role, name, folder),
         check=False,
         capture_output=True,
-        env=CHECK_ENVIRONMENT,
+        env=ENVIRONMENT,
         timeout=TIMEOUT_S,
         cwd="/",
     )

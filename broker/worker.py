@@ -14,19 +14,17 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, TypeVar
+from typing import IO, Final, TypeVar
 
 import trio
 from pydantic import TypeAdapter, ValidationError
 
-from broker import limits
+from broker import checker
 from broker import protocol as wire
+from broker.checker import CheckError as CheckError  # part of this module too
 from broker.errors import ImgpullError
 
-CHECK: Final = (sys.executable, "-I", "-m", "unpriv.check")
 FETCH: Final = (sys.executable, "-I", "-m", "unpriv.fetch")
-# The checker gets an empty environment but for the locale, without which libarchive(3) cannot convert names.
-CHECK_ENVIRONMENT: Final = {"LC_ALL": "C.UTF-8"}
 # The fetcher is boto3's home: the user's whole S3 world is in these, and nothing else passes.
 FETCH_VARIABLES: Final = (
     "PATH",
@@ -91,10 +89,6 @@ CHECK_ENDS: Final[dict[int, tuple[str, str]]] = {  # the exit codes of unpriv.ch
 }
 
 
-class CheckError(ImgpullError):
-    """The checker gave no verdict."""
-
-
 async def check(
     job: wire.CheckJob,
     blob_fd: int,
@@ -106,6 +100,16 @@ async def check(
 
     Args: ``descriptors`` are those that the job names beside 0 to 2; ``deadline_s`` is that of the limits, or less.
     Raises: CheckError where the checker ends without a verdict, is too slow, or speaks out of turn.
+    """
+    return await supervise(checker.start(job, blob_fd, descriptors), progress, deadline_s)
+
+
+async def supervise(
+    started: checker.Started, progress: Callable[[int], None] | None = None, deadline_s: float | None = None
+) -> wire.Accepted | wire.Rejected:
+    """Wait for a checker's verdict; it has ended when this returns, however it does.
+
+    Raises: CheckError where it ends without a verdict, is too slow, or speaks out of turn.
     """
     verdict: wire.Accepted | wire.Rejected | None = None
     last_words = bytearray()
@@ -121,45 +125,44 @@ async def check(
         else:
             verdict = report
 
-    in_force = _limits()
-    deadline_s = in_force.run.wall_clock_s if deadline_s is None else deadline_s
-    process = await trio.lowlevel.open_process(
-        [*CHECK, job.model_dump_json(), in_force.model_dump_json()],
-        stdin=blob_fd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=CHECK_ENVIRONMENT,
-        cwd="/",
-        pass_fds=tuple(descriptors),
-        process_group=0,  # a Ctrl-C of the terminal is the broker's to handle
-    )
-    assert process.stdout is not None and process.stderr is not None
-    with trio.move_on_after(deadline_s) as scope:
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_each_line, process.stdout, take_report)
-                nursery.start_soon(_collect, process.stderr, last_words)
-                await process.wait()
-        finally:
-            await _end(process)
+    process = started.process
+    deadline_s = started.deadline_s if deadline_s is None else deadline_s
+    try:
+        with trio.move_on_after(deadline_s) as scope:
+            async with (
+                _stream(process.stdout) as reports,
+                _stream(process.stderr) as words,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(_each_line, reports, take_report)
+                nursery.start_soon(_collect, words, last_words)
+                await _ended(process)
+    finally:
+        started.kill()
     if scope.cancelled_caught:
         raise CheckError("worker-failed", f"the checker did not end within {deadline_s:.0f} s", "it was killed")
     if process.returncode in CHECK_ENDS:
         code, what = CHECK_ENDS[process.returncode]
         raise CheckError(code, what, _ending(process.returncode, bytes(last_words)))
     if verdict is None or process.returncode not in (0, 65):
-        raise CheckError(
-            "worker-failed", "the checker gave no verdict", _ending(process.returncode or 0, bytes(last_words))
-        )
+        raise CheckError("worker-failed", "the checker gave no verdict", _ending(process.returncode, bytes(last_words)))
     return verdict
 
 
-def _limits() -> limits.Limits:
-    """Return the limits in force."""
+def _stream(pipe: IO[bytes] | None) -> trio.lowlevel.FdStream:
+    """Return a pipe of a process as a stream of trio, with a descriptor of its own."""
+    assert pipe is not None
+    return trio.lowlevel.FdStream(os.dup(pipe.fileno()))
+
+
+async def _ended(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until a process has ended, and reap it. Source: pidfd_open(2)."""
+    handle = os.pidfd_open(process.pid)
     try:
-        return limits.load()
-    except limits.LimitsError as error:
-        raise CheckError("configuration", "the limits of a check cannot be used", str(error)) from error
+        await trio.lowlevel.wait_readable(handle)
+    finally:
+        os.close(handle)
+    process.wait()
 
 
 async def _collect(stream: trio.abc.ReceiveStream, into: bytearray) -> None:

@@ -20,10 +20,10 @@ REF = "s3://bucket/images/one"
 # A second process of the same user, whose fetcher and checker are the programs of the tests.
 COMMAND = """
 import sys
-from broker import worker, store
+from broker import checker, worker, store
 from broker.cli import main
 folder, programs = sys.argv.pop(1), sys.argv.pop(1)
-worker.CHECK = (sys.executable, f"{programs}/fake_check.py", folder)
+checker.COMMAND = (sys.executable, f"{programs}/fake_check.py", folder)
 worker.FETCH = (sys.executable, f"{programs}/fake_fetch.py", folder)
 main()
 """

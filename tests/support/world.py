@@ -16,7 +16,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from broker import settings, store, worker
+from broker import checker, settings, store, worker
 from broker.cli import imgpull
 from tests.broker.fake_helper import FakeHelper
 from tests.support.output import check_output
@@ -77,8 +77,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 def _serving(made: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for program, name in (("CHECK", "fake_check.py"), ("FETCH", "fake_fetch.py")):
-        monkeypatch.setattr(worker, program, (sys.executable, str(PROGRAMS / name), str(made.folder)))
+    for owner, program, name in ((checker, "COMMAND", "fake_check.py"), (worker, "FETCH", "fake_fetch.py")):
+        monkeypatch.setattr(owner, program, (sys.executable, str(PROGRAMS / name), str(made.folder)))
     monkeypatch.setattr(
         store.ActivationRow, "is_live", lambda row: made.helper.is_live(row.name, row.layer, row.device)
     )
