@@ -5,7 +5,6 @@ Rule 2: it gives up every capability that policy/authority.toml does not list be
 Rule 3: no module that runs a program, or that makes or changes a pool, is loaded for ``serve``.
 """
 
-import errno
 import os
 import resource
 import socket
@@ -16,7 +15,7 @@ from privhelper import kernel, policy
 from privhelper.answers import Answers
 from privhelper.connection import Connection
 from privhelper.devices import Devices, log
-from privhelper.errors import AnswerError, GoneError
+from privhelper.errors import AnswerError, GoneError, code_of
 from privhelper.monitor import serve
 from privhelper.policy import Policy, PolicyError
 from privhelper.protocol import EXIT_CODES, ProtocolError
@@ -39,8 +38,7 @@ def main(arguments: list[str]) -> int:
     except AnswerError as error:
         return _fail(EXIT_CODES[error.code], str(error))
     except (OSError, sqlite3.Error) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _fail(EXIT_CODES["no_room" if full else "fault"], str(error))
+        return _fail(EXIT_CODES[code_of(error)], str(error))
 
 
 def _load(arguments: list[str]) -> tuple[Policy, list[str]]:

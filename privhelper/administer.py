@@ -87,7 +87,8 @@ def _pool(grants: Policy, command: str, options: dict[str, Any]) -> int:
     elif command == "attach":
         pool.attach()
     elif command == "detach":
-        pool.detach()
+        with Ledger(state_dir).pool_lock():  # while devices vanish nobody may look for lost ones
+            pool.detach()
     elif command == "grow":
         pool.grow(options)
     elif command == "check":

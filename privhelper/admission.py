@@ -15,6 +15,9 @@ from privhelper.manifest import Header
 from privhelper.stores.base import PoolStatus
 
 _LAYER_BYTES: Final = "SELECT coalesce(sum(charge), 0) FROM device WHERE kind = 'layer' AND uid = ?"
+_MANIFEST_BYTES: Final = (
+    "SELECT coalesce(sum(charge - reserved), 0) FROM device WHERE state IN ('creating', 'created', 'populated')"
+)
 _ACTIVATIONS: Final = "SELECT count(*) FROM device WHERE kind = 'activation' AND uid = ?"
 _ACTIVATION_BYTES: Final = (
     "SELECT coalesce(sum(size), 0) FROM device WHERE kind = 'activation' AND mode = 'rw' AND uid = ?"
@@ -36,23 +39,17 @@ class Admission:
         """Return what running commits have reserved."""
         return int(self._ledger.one("SELECT coalesce(sum(reserved), 0) FROM device WHERE kind = 'layer'")[0])
 
-    def check_layer(self, status: PoolStatus, reserved: int, charge: int) -> None:
-        """Admit one more layer of this user's."""
-        self._check_quota("layer_bytes", _LAYER_BYTES, charge)
+    def check_layer(self, status: PoolStatus, reserved: int, manifest_bytes: int, folder: str) -> None:
+        """Admit one more layer of this user's: its bytes in the pool, its manifest in a folder beside the ledger."""
+        self._check_quota("layer_bytes", _LAYER_BYTES, reserved + manifest_bytes)
         self._check_room(status, reserved)
+        self._check_folder(folder, manifest_bytes)
 
     def check_activation(self, status: PoolStatus, writable_bytes: int) -> None:
         """Admit one more device of this user's. It costs nothing yet, but a full pool gives none."""
         self._check_quota("activations", _ACTIVATIONS, 1)
         self._check_quota("activation_bytes", _ACTIVATION_BYTES, writable_bytes)
         self._check_room(status, 0)
-
-    def check_folder(self, folder: str, needed: int) -> None:
-        """Keep the disk under the ledger from being filled with manifests."""
-        figures = os.statvfs(folder)
-        free = figures.f_bavail * figures.f_frsize
-        if needed + self._costs["state_reserve_bytes"] > free:
-            raise AnswerError("no_room", "not enough free for the manifest", needed_bytes=needed, free_bytes=free)
 
     def check_inside(self, root: int, header: Header) -> None:
         """Refuse, before the first write, what does not fit the file system of an image; ``root`` is in it."""
@@ -70,6 +67,13 @@ class Admission:
         if self._uid != 0 and used + more > limit:
             text = f"quota {name}: {used} used, {more} asked, {limit} allowed"
             raise AnswerError("refused", text, "quota", used=used, asked=more, limit=limit)
+
+    def _check_folder(self, folder: str, more: int) -> None:
+        """Keep the disk under the ledger from being filled with manifests, those of running commits among them."""
+        figures = os.statvfs(folder)
+        free, needed = figures.f_bavail * figures.f_frsize, more + int(self._ledger.one(_MANIFEST_BYTES)[0])
+        if needed + self._costs["state_reserve_bytes"] > free:
+            raise AnswerError("no_room", "not enough free for the manifest", needed_bytes=needed, free_bytes=free)
 
     def _check_room(self, status: PoolStatus, needed: int) -> None:
         """Refuse what would bring the pool into its reserve, for data and for metadata."""

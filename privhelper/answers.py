@@ -16,12 +16,12 @@ from privhelper import files, kernel, manifest, populate, protocol, sandbox, ver
 from privhelper.admission import Admission
 from privhelper.connection import Connection
 from privhelper.devices import USABLE, Devices
-from privhelper.errors import AnswerError, GoneError, TakenError
+from privhelper.errors import AnswerError, GoneError, TakenError, told
 from privhelper.policy import Policy
 from privhelper.protocol import Message
 from privhelper.stores.base import BASE, PoolStatus
 
-_ACTIONS_TOLD: Final = 200  # by a reconcile; many more would not fit a message
+_ACTIONS_TOLD: Final = 100  # by a reconcile; many more would not fit a message
 _POOL_FIGURES: Final = (
     "state", "data_bytes", "data_used_bytes", "metadata_bytes", "metadata_used_bytes", "block_bytes",
 )  # fmt: skip
@@ -92,22 +92,21 @@ class Answers:
 
     def _commit_anew(self, layer: str, file: int, payload: int) -> None:
         header = manifest.read_header(file, self._limits)
-        self._admission.check_folder(self._devices.manifests, os.fstat(file).st_size)
         parent = self._sealed(header.parent) if header.parent else None
         depth = parent["depth"] + 1 if parent else 1
         if depth > self._limits["chain"]:
             raise AnswerError("refused", f"{depth} layers on one another, {self._limits['chain']} at most", "limit")
         reserved = self._admission.cost(header)
-        charge = reserved + os.fstat(file).st_size  # the manifest is kept, and a layer of nothing costs as well
+        kept = os.fstat(file).st_size  # the manifest
 
         def admit(status: PoolStatus) -> None:
             if header.parent:
                 self._sealed(header.parent)
             if self._ledger.layer(layer) is not None:
                 raise TakenError("the layer is being made by another process")
-            self._admission.check_layer(status, reserved, charge)
+            self._admission.check_layer(status, reserved, kept, self._devices.manifests)
 
-        columns: Message = {"parent": header.parent, "depth": depth, "reserved": reserved, "charge": charge}
+        columns: Message = {"parent": header.parent, "depth": depth, "reserved": reserved, "charge": reserved + kept}
         columns |= {"entries": header.entries, "bytes": header.content_bytes}
         origin = parent["dev"] if parent else BASE
         dev = self._devices.create("layer", layer, self._uid, origin, admit, **columns)
@@ -123,7 +122,7 @@ class Answers:
         except (AnswerError, OSError) as error:
             if getattr(error, "code", "fault") == "fault" and self._store.status().state == "out_of_data":
                 raise AnswerError(
-                    "no_room", f"the pool has filled up, nothing of the layer is left: {error}"
+                    "no_room", f"the pool has filled up, nothing of the layer is left: {told(error)}"
                 ) from error
             raise
 
@@ -146,8 +145,7 @@ class Answers:
         self._store.deactivate(dev)
         self._ledger.record(dev, "populated")
         self._store.settle(dev)
-        if files.copy_durably(file, self._devices.manifest_path(dev)) != layer:
-            raise AnswerError("fault", "the sealed manifest changed")
+        files.copy_durably(file, self._devices.manifest_path(dev))
         self._devices.ready()  # a pool that failed meanwhile may have failed silently
         self._ledger.seal(dev, layer, self._uid)
 

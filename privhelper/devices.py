@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from privhelper.errors import AnswerError
+from privhelper import files
+from privhelper.errors import AnswerError, told
 from privhelper.ledger import SETTLED, Ledger
 from privhelper.policy import Policy
 from privhelper.stores.base import READY, PoolStatus, Store
@@ -80,10 +81,10 @@ class Devices:
         self.store.deactivate(dev)  # may have to wait for the kernel: not under the pool's lock
         with self.ledger.pool_lock():
             trans = self._unmoved(*USABLE).transaction
-            self.ledger.record(dev, "removing")
+            self.ledger.doom(dev)
             self.store.delete(dev)
             with contextlib.suppress(FileNotFoundError):  # only layers that came far have one
-                os.unlink(self.manifest_path(dev))
+                files.delete(self.manifest_path(dev))
             self.ledger.forget(dev, self.store.advance(trans))
 
     @contextmanager
@@ -149,6 +150,7 @@ class Devices:
 
     def _audit(self) -> list[str]:
         with self.ledger.pool_lock():  # nothing comes or goes between these looks; a manifest's row is the older
+            self.ready(*USABLE)  # an absent pool would look like an empty one
             manifests = {int(name) for name in os.listdir(self.manifests)}
             devices, active = self.store.devices(), self.store.active()
             rows = {row["dev"]: row for row in self.ledger.all("SELECT * FROM device")}
@@ -157,11 +159,8 @@ class Devices:
         actions = []
         for dev in sorted(active.keys() - (rows.keys() - sealed)):
             actions += self._attempt(dev, self._put_away)
-        for dev in sorted(devices - rows.keys() | lost):
+        for dev in sorted((devices | manifests) - rows.keys() | lost):
             actions += self._attempt(dev, self._clear)
-        for dev in sorted(manifests - rows.keys()):
-            os.unlink(self.manifest_path(dev))
-            actions.append(f"deleted the manifest of device {dev}, which is gone")
         return actions
 
     def _attempt(self, dev: int, step: Callable[[int], str]) -> list[str]:
@@ -171,7 +170,8 @@ class Devices:
         try:
             said = step(dev)
         except (AnswerError, OSError) as error:
-            said = f"left device {dev} as it is: {error}"
+            log(4, f"device {dev}: {error}")
+            said = f"left device {dev} as it is: {told(error)}"
         finally:
             self.ledger.unlock(dev)
         return [said] if said else []
@@ -191,7 +191,7 @@ class Devices:
         row = self.ledger.device(dev)
         self.destroy(dev)
         if row is None:
-            return f"deleted device {dev}, which the ledger does not know"
+            return f"deleted device {dev} or its manifest, which the ledger does not know"
         return f"forgot device {dev}, {row['kind']} of {row['layer']}: the store has lost it"
 
     def _abandon(self, dev: int) -> None:

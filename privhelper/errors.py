@@ -4,6 +4,10 @@ Rule: the class says whose fault it is. RejectedError (manifest.py) is the layer
 pool's, a plain AnswerError policy's or the moment's. What breaks the protocol is protocol.ProtocolError, unanswered.
 """
 
+import errno
+import os
+import sqlite3
+
 
 class AnswerError(Exception):
     """A request that is not done. ``code`` is one of protocol.EXIT_CODES; ``figures`` say what is, and was asked."""
@@ -20,6 +24,18 @@ class TakenError(AnswerError):
 
     def __init__(self, message: str) -> None:
         super().__init__("busy", message)
+
+
+def code_of(error: OSError | sqlite3.Error) -> str:
+    """Return the code of what failed on this host: where a disk is full, room can be made."""
+    if isinstance(error, OSError):
+        return "no_room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fault"
+    return "no_room" if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL else "fault"
+
+
+def told(error: Exception) -> str:
+    """Return what a client may read of an error: an OSError's text names paths of the host, its reason does not."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 class GoneError(Exception):

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from privhelper.errors import AnswerError
+
 SETTLED: Final = ("sealed", "granted")
 _POOL_LOCK: Final = 0  # the byte that serialises changes of the pool; devices are 1 and up
 _SCHEMA: Final = """
@@ -149,7 +151,7 @@ class Ledger:
         marks = ", ".join("?" * len(columns))
         row = self.one(f"INSERT INTO device({names}) VALUES({marks}) RETURNING dev", *columns.values())
         if not self.try_lock(row["dev"]):
-            raise RuntimeError(f"lock of the fresh device {row['dev']} is taken")
+            raise AnswerError("busy", "another process takes apart what it could not write down")
         return int(row["dev"])
 
     def record(self, dev: int, state: str, trans: int | None = None) -> None:
@@ -158,6 +160,12 @@ class Ledger:
             self.one("UPDATE device SET state = ? WHERE dev = ?", state, dev)
             if trans is not None:
                 self.one("UPDATE pool SET trans = ?", trans)
+
+    def doom(self, dev: int) -> None:
+        """Write down that a device is about to be deleted. One that only the store knew gets a row first."""
+        query = """INSERT INTO device(dev, kind, state, layer, uid, created) VALUES(?, 'scratch', 'removing', '', 0, 0)
+          ON CONFLICT(dev) DO UPDATE SET state = 'removing'"""
+        self.one(query, dev)
 
     def forget(self, dev: int, trans: int) -> None:
         """Write down that a device is gone, and the claims with it if it was a layer that stands nowhere else."""

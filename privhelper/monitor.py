@@ -6,7 +6,6 @@ Rule 2: descriptors arrive close-on-exec, in the number and of the kinds of the 
 Rule 3: what breaks the protocol gets no answer. It is logged, and the process ends; with it goes all that it held.
 """
 
-import errno
 import fcntl
 import os
 import sqlite3
@@ -18,7 +17,7 @@ from privhelper import kernel, protocol
 from privhelper.answers import Answers
 from privhelper.connection import Connection, close_all
 from privhelper.devices import log
-from privhelper.errors import AnswerError, GoneError
+from privhelper.errors import AnswerError, GoneError, code_of, told
 from privhelper.policy import Policy
 from privhelper.protocol import Message, ProtocolError
 
@@ -76,8 +75,8 @@ def _answer(
     except AnswerError as error:
         reply = _refusal(error)
     except (OSError, sqlite3.Error) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reply = _refusal(AnswerError("no_room" if full else "fault", str(error)))
+        log(3, f"{who} error={error}")
+        reply = _refusal(AnswerError(code_of(error), f"{told(error)}; the journal of the helper says where"))
     except GoneError:
         log(5, f"{who} outcome=gone")
         raise

@@ -8,7 +8,6 @@ Rule 3: what it reports is a line of a fixed form, read as if it were hostile.
 Rule 4: it dies with the helper.
 """
 
-import errno
 import gc
 import os
 import re
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from privhelper import kernel, manifest
+from privhelper.errors import code_of
 from privhelper.files import closing
 from privhelper.policy import Policy
 
@@ -26,7 +26,7 @@ _TOLD: Final = re.compile(
     rb"(progress|done) ([0-9]{1,20}) ([0-9]{1,20})|(rejected|no_room|fault) ([a-z_]{1,64}) ([0-9]{1,20}) ([ -~]{0,400})"
 )
 _MAX_REPORT_BYTES: Final = 1024
-_END_MS: Final = 10_000  # between the end of its reports and its own end lies the tearing down of its memory
+_END_S: Final = 10.0  # between the end of its reports and its own end lies the tearing down of its memory
 Work = Callable[[int, Callable[[int, int], None]], tuple[int, int]]
 
 
@@ -65,14 +65,14 @@ class Child:
 
         It is killed when asked to, or when it has closed its pipe and lives on.
         """
-        handle = os.pidfd_open(self.pid)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        if kill or not poll.poll(_END_MS):
-            os.kill(self.pid, signal.SIGKILL)  # not reaped yet: the number is still its own
-        status = os.waitpid(self.pid, 0)[1]
-        os.close(handle)
-        os.close(self.results)
+        try:
+            if not kill:
+                with closing(os.pidfd_open(self.pid)) as handle:
+                    select.select([handle], [], [], _END_S)
+        finally:
+            os.kill(self.pid, signal.SIGKILL)  # not reaped yet: the number is still its own; what has ended stays so
+            status = os.waitpid(self.pid, 0)[1]
+            os.close(self.results)
         if os.WIFSIGNALED(status):
             return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
         return f"exit status {os.WEXITSTATUS(status)}" if status else ""
@@ -148,14 +148,10 @@ def _run(policy: Policy, role: str, mount: int, inputs: Sequence[int], tell: int
     except manifest.RejectedError as error:
         os.write(tell, _line("rejected", error.rule, error.entry, str(error)))
     except OSError as error:
-        kind = "no_room" if error.errno in _NO_ROOM else "fault"
-        os.write(tell, _line(kind, "system_error", 0, str(error)))
+        os.write(tell, _line(code_of(error), "system_error", 0, str(error)))
     except BaseException as error:
         os.write(tell, _line("fault", "bug", 0, f"{type(error).__name__}: {error}"))
     os._exit(0)
-
-
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _line(kind: str, rule: str, entry: int, message: str) -> bytes:

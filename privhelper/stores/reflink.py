@@ -49,7 +49,9 @@ class ReflinkStore:
             with open(os.path.join(self._mount_point, "identity"), encoding="ascii") as file:
                 identity = file.read().strip()
         except OSError as error:  # EIO: XFS shut itself down
-            return PoolStatus("failed", advice=f"{error}; as root: imgpull-helper pool detach, pool check, pool attach")
+            return PoolStatus(
+                "failed", advice=f"{error.strerror}; as root: imgpull-helper pool detach, pool check, pool attach"
+            )
         total, free = figures.f_blocks * figures.f_frsize, figures.f_bavail * figures.f_frsize
         state = "read_only" if figures.f_flag & os.ST_RDONLY else READY if free > _FULL_BYTES else "out_of_data"
         return PoolStatus(state, total, total - free, block_bytes=figures.f_frsize, identity=identity)

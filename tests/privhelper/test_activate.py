@@ -187,6 +187,27 @@ def test_manifest_comes_back_read_only(installation: Installation, sealed: str, 
         os.close(file)
 
 
+def test_manifest_that_somebody_keeps_open_keeps_no_bytes(installation: Installation, sealed: str) -> None:
+    """Else a member could fill the disk under the ledger with manifests of layers that are gone."""
+    with installation.connect(MEMBER) as helper:
+        (file,) = helper.ask("manifest", layer=sealed)["fds"]
+        assert os.fstat(file).st_size > 0
+        assert helper.ask("remove", layer=sealed)["removed"] is True
+        assert os.fstat(file).st_size == 0
+        os.close(file)
+
+
+def test_error_of_the_host_names_no_path_of_it(installation: Installation, sealed: str) -> None:
+    (row,) = installation.rows()
+    (installation.state / f"pool/{row['dev']}.img").unlink()
+    with installation.connect(MEMBER) as helper:
+        reply = activate(helper, sealed)
+        assert (reply["code"], "No such file" in reply["message"]) == ("fault", True)
+        assert "/" not in reply["message"]
+        assert str(installation.state) in helper.log()
+        assert helper.ask("reconcile")["type"] == "ok"
+
+
 def test_owner_who_swaps_the_file_behind_his_loop_device_gains_nothing(
     installation: Installation, sealed: str, tmp_path: Path
 ) -> None:

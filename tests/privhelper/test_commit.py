@@ -3,6 +3,7 @@
 import hashlib
 import os
 import select
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable
@@ -318,6 +319,21 @@ def test_room_that_a_running_commit_reserved_is_not_given_twice(installation: In
         assert last["rule"] == "manifest_totals"
         os.close(file)
         os.close(data)
+
+
+def test_room_for_manifests_is_not_given_twice(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    """The manifest of a commit that runs is not on the disk yet."""
+    database = sqlite3.connect(installation.state / "ledger.db")
+    pending = "INSERT INTO device(kind, state, layer, uid, charge, created) VALUES('layer', 'created', 'x', 1, ?, 0)"
+    with installation.connect() as helper:  # connected first: the start undoes what nobody is at
+        with database:
+            database.execute(pending, [1 << 50])
+        reply = helper.commit(layer.manifest(), layer.write_payload(tmp_path))
+        with database:
+            database.execute("DELETE FROM device")
+        assert (reply["code"], reply["figures"]["needed_bytes"]) == ("no_room", (1 << 50) + len(layer.manifest()))
+        assert helper.commit(layer.manifest(), layer.write_payload(tmp_path))["existed"] is False
+    database.close()
 
 
 def test_pool_that_fills_up_meanwhile_is_told_as_such(installation: Installation, tmp_path: Path) -> None:

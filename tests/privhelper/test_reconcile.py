@@ -1,8 +1,11 @@
 """Ledger and store agree again, in both directions, whatever one of them lost; what lives is left alone."""
 
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,10 @@ import pytest
 
 from privhelper import administer, devices, loops, policy, protocol
 from privhelper.answers import Answers
-from privhelper.errors import AnswerError
+from privhelper.errors import AnswerError, code_of
 from privhelper.ledger import Ledger
-from privhelper.stores.base import POOL_STATES, Store, StoreError
+from privhelper.stores.base import POOL_STATES, PoolStatus, Store, StoreError
+from privhelper.stores.reflink import ReflinkStore
 from tests.privhelper.client import Layer, helper_command, memfd
 from tests.privhelper.conftest import MEMBER, OTHER, Installation
 
@@ -33,6 +37,12 @@ def reconcile(installation: Installation) -> list[str]:
         assert reply["type"] == "ok", reply
         actions: list[str] = reply["actions"]
         return actions
+
+
+def unknown(installation: Installation) -> int:
+    """Return a number that the ledger has never used, and will not use while a test runs."""
+    with closing(sqlite3.connect(installation.state / "ledger.db")) as database:
+        return 1000 + sum(row[0] for row in database.execute("SELECT seq FROM sqlite_sequence"))
 
 
 def clone_base(installation: Installation, number: int) -> str:
@@ -55,16 +65,18 @@ def test_nothing_to_do(installation: Installation, sealed: str) -> None:
 
 
 def test_image_without_a_row(installation: Installation, sealed: str) -> None:
-    clone_base(installation, 999)
-    assert reconcile(installation) == ["deleted device 999, which the ledger does not know"]
-    assert 999 not in installation.images()
+    stray = unknown(installation)
+    clone_base(installation, stray)
+    assert reconcile(installation) == [f"deleted device {stray} or its manifest, which the ledger does not know"]
+    assert stray not in installation.images()
 
 
 def test_loop_device_without_a_row(installation: Installation, sealed: str) -> None:
-    bind(clone_base(installation, 998))
+    stray = unknown(installation)
+    bind(clone_base(installation, stray))
     assert reconcile(installation) == [
-        "deactivated device 998, which nobody was given",
-        "deleted device 998, which the ledger does not know",
+        f"deactivated device {stray}, which nobody was given",
+        f"deleted device {stray} or its manifest, which the ledger does not know",
     ]
 
 
@@ -84,8 +96,9 @@ def test_row_without_an_image(installation: Installation, sealed: str, layer: La
 
 
 def test_manifest_without_a_row(installation: Installation, sealed: str) -> None:
-    (installation.state / "manifests/997").write_bytes(b"")
-    assert reconcile(installation) == ["deleted the manifest of device 997, which is gone"]
+    stray = unknown(installation)
+    (installation.state / f"manifests/{stray}").write_bytes(b"")
+    assert reconcile(installation) == [f"deleted device {stray} or its manifest, which the ledger does not know"]
 
 
 @pytest.mark.parametrize("state", [state for state in POOL_STATES if state != "ready"])
@@ -181,23 +194,81 @@ def test_layer_that_is_sealed_while_reconcile_looks_is_left_alone(
 def test_device_that_cannot_be_freed_keeps_no_other_from_it(
     installation: Installation, sealed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone_base(installation, 995)
-    clone_base(installation, 996)
+    first = unknown(installation)
+    clone_base(installation, first)
+    clone_base(installation, first + 1)
     known = devices.Devices(policy.load(str(installation.config)))
     unlink = type(known.store).delete
 
     def refuse(store: Store, dev: int) -> None:
-        if dev == 995:
-            raise StoreError("busy", "somebody keeps it open")
+        if dev == first:
+            raise OSError(errno.EIO, "Input/output error", f"{installation.state}/pool/{first}.img")
         unlink(store, dev)
 
     monkeypatch.setattr(type(known.store), "delete", refuse)
     assert known.reconcile(thorough=True) == [
-        "left device 995 as it is: somebody keeps it open",
-        "deleted device 996, which the ledger does not know",
+        f"left device {first} as it is: Input/output error",
+        f"deleted device {first + 1} or its manifest, which the ledger does not know",
     ]
     monkeypatch.undo()
-    assert reconcile(installation) == ["deleted device 995, which the ledger does not know"]
+    assert reconcile(installation) == []  # the start has done it: the intent was written down
+    assert installation.images() == {row["dev"] for row in installation.rows()}
+
+
+def test_crash_while_an_unknown_device_is_deleted_leaves_a_pool_that_works(
+    installation: Installation, sealed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's transaction moves on before the ledger can: without an intent it would look like a foreign writer."""
+    stray = unknown(installation)
+    clone_base(installation, stray)
+    known = devices.Devices(policy.load(str(installation.config)))
+    store, at = known.store, [known.ledger.pool()[1]]
+    status = type(store).status
+
+    def now(store: Store) -> PoolStatus:
+        return status(store)._replace(transaction=at[0])
+
+    def advance(store: Store, expected: int) -> int:
+        at[0] = expected + 1
+        return at[0]
+
+    def crash(ledger: Ledger, dev: int, trans: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(store), "status", now)
+    monkeypatch.setattr(type(store), "advance", advance)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Ledger, "forget", crash)
+        known.reconcile(thorough=True)
+    assert known.reconcile(thorough=False) == [f"freed device {stray}, scratch of , which a crash left removing"]
+    with known.ledger.transaction():
+        after = known.ledger.intend("layer", "a", 1)
+        assert after > stray, "a number is used once, also by others"
+        known.ledger.one("DELETE FROM device WHERE layer = 'a'")
+        known.ledger.one("UPDATE pool SET trans = 0")
+    known.ledger.unlock(after)
+    assert stray not in installation.images()
+
+
+def test_folder_that_is_no_pool_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A pool that is detached at the moment of a look would seem to have lost every layer."""
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool/7.img").touch()
+    with pytest.raises(StoreError, match="absent"):
+        ReflinkStore({}, str(tmp_path)).devices()
+
+
+def test_detaching_waits_until_nobody_looks(installation: Installation, sealed: str) -> None:
+    known = devices.Devices(policy.load(str(installation.config)))
+    command = helper_command(installation.config, "pool", "detach")
+    with known.ledger.pool_lock(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as detaching:
+        trace = Path(f"/proc/{detaching.pid}/syscall")
+        while detaching.poll() is None and not trace.read_text().startswith("72 "):  # fcntl, waiting for the lock
+            os.sched_yield()
+        assert known.store.devices() == installation.images()
+        known.ledger.unlock(0)
+        assert detaching.wait(60) == 0
+    installation.run("pool", "attach")
 
 
 def test_answer_with_thousands_of_actions_fits_a_message(
@@ -205,10 +276,10 @@ def test_answer_with_thousands_of_actions_fits_a_message(
 ) -> None:
     grants = policy.load(str(installation.config))
     known = devices.Devices(grants)
-    monkeypatch.setattr(known, "reconcile", lambda thorough: ["freed device 1, layer of sha256:" + "0" * 64] * 5000)
+    monkeypatch.setattr(known, "reconcile", lambda thorough: ["left device 1 as it is: " + "0" * 500] * 5000)
     client: Any = SimpleNamespace(uid=0)
     answer, _ = Answers(grants, known, client).answer_reconcile({}, [])
-    assert answer["actions"][-1] == "and 4800 more, see the log"
+    assert answer["actions"][-1] == "and 4900 more, see the log"
     protocol.encode({"type": "ok", **answer})
 
 
@@ -302,6 +373,27 @@ def test_ledger_is_as_durable_as_it_says(tmp_path: Path) -> None:
     ledger.forget(first, 0)
     with ledger.transaction():
         assert ledger.intend("layer", "b", 1) > first  # a number is used once
+
+
+def test_number_whose_lock_is_taken_is_not_used(tmp_path: Path) -> None:
+    """After an intent that could not be committed its number comes again, while the first is still being undone."""
+    other, ledger = Ledger(str(tmp_path)), Ledger(str(tmp_path))
+    assert other.try_lock(1)
+    with pytest.raises(AnswerError) as refused, ledger.transaction():
+        ledger.intend("layer", "a", 1)
+    assert refused.value.code == "busy"
+    assert ledger.all("SELECT * FROM device") == []
+
+
+def test_full_disk_is_no_room_whoever_finds_it(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    ledger.one(f"PRAGMA max_page_count = {ledger.one('PRAGMA page_count')[0]}")
+    with pytest.raises(sqlite3.OperationalError) as full, ledger.transaction():
+        for number in range(1000):
+            ledger.one("INSERT INTO claim VALUES(?, ?)", "x" * 1000, number)
+    assert code_of(full.value) == "no_room"
+    assert {code_of(OSError(number, "")) for number in (errno.ENOSPC, errno.EDQUOT)} == {"no_room"}
+    assert {code_of(OSError(number, "")) for number in (errno.EIO, errno.EACCES)} == {"fault"}
 
 
 def test_change_that_fails_leaves_the_row_as_it_was(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_report_of_another_form_is_a_fault(data: bytes) -> None:
 
 
 def test_child_that_closes_its_pipe_and_lives_on_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_END_MS", 50)
+    monkeypatch.setattr(sandbox, "_END_S", 0.05)
 
     def linger(tell: int) -> None:
         os.write(tell, GOOD)
@@ -78,6 +78,22 @@ def test_child_that_closes_its_pipe_and_lives_on_is_killed(monkeypatch: pytest.M
     found = child(linger)
     assert [report.kind for report in all_reports(found)][-1] == "done"
     assert found.end(kill=False) == "killed by SIGKILL"
+
+
+def test_child_does_not_outlive_a_wait_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the mount of a layer that is about to be taken apart."""
+
+    def fail(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = descriptors.held()
+    found = child(lambda tell: signal.pause())
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        found.end(kill=False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(found.pid, 0)
+    assert descriptors.held() == before
 
 
 def test_child_that_dies_tells_how() -> None:
