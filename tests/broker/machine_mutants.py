@@ -143,6 +143,13 @@ MUTANTS: Final = (
     Mutant("an index is missing", "schema.py", "CREATE INDEX run_machine ON run (machine, seq);\n", "", "query_uses_an_index"),
     Mutant("another index is missing", "schema.py", "CREATE INDEX run_active ON run (seq) WHERE outcome IS NULL;\n", "", "query_uses_an_index"),
     Mutant("prune takes too much", "ledger.py", "SELECT seq FROM run WHERE outcome IS NOT NULL AND updated_ms < ?", "SELECT seq FROM run WHERE ? > 0", "prune_forgets"),
+    Mutant("a commit wakes nobody here", "database.py", "        self.tell_moved()\n        self._point", "        self._point", "wakes_when_another"),
+    Mutant("a commit elsewhere wakes nobody", "engine.py", "                    self.database.tell_moved()\n", "", "wakes_when_another"),
+    Mutant("a duration counts the wait in the queue", "runner.py", "            run = await self._view()\n            began = trio.current_time()", "            run = await self._view()\n            began = entered", "duration_is_of", more=(("    async def _attempt(self, step: Step[Any]) -> None:\n", "    async def _attempt(self, step: Step[Any]) -> None:\n        entered = trio.current_time()\n"),)),
+    Mutant("an ended run stays in memory", "engine.py", "        self._needed.discard(seq)\n        self._ownership", "        self._ownership", "keeps_nothing"),
+    Mutant("an ended run keeps its place", "runner.py", "            self._drop_places()\n            self.engine.forget", "            self.engine.forget", "keeps_nothing"),
+    Mutant("a trace is lost", "view.py", "self.trace = active.row.trace", "self.trace = None", "trace_goes"),
+    Mutant("a run is found among the newest alone", "records.py", "self._all(\"begins\", prefix, f\"{prefix}~\", limit)", "[r for r in self._all(\"all_runs\", 1 << 62, 100) if r[1].startswith(prefix)]", "beginning_of_its_id"),
 )  # fmt: skip
 
 
@@ -150,9 +157,8 @@ def noticed(mutant: Mutant) -> bool:
     """Say whether the named tests fail on a mutant."""
     folder = Path(tempfile.mkdtemp(prefix="imgpull-mutant-"))
     try:
-        shutil.copytree(ROOT / "broker" / "machine", folder / "broker" / "machine")
-        shutil.copytree(ROOT / "tests" / "broker", folder / "tests" / "broker")
-        shutil.copy(ROOT / "broker" / "__init__.py", folder / "broker")
+        for part in ("broker", "privhelper", "policy", "tests/broker", "tests/support"):
+            shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
         file = folder / "broker" / "machine" / mutant.file
         text = file.read_text()

@@ -163,6 +163,7 @@ async def test_an_unknown_queue_is_refused(path: Path) -> None:
             pass
 
 
+@pytest.mark.mistake("a queue of no places took runs and never let one in")
 async def test_a_queue_without_places_is_refused(path: Path) -> None:
     with pytest.raises(DefinitionError, match="at least one place"):
         async with engine_of(path, one_step(nothing), queues={"q": 0}):
@@ -190,6 +191,52 @@ async def test_a_step_holds_its_queue_only_for_its_attempt(path: Path, autojump_
         await trio.sleep(20)
         assert [run.step for run in engine.runs()] == ["three"] * 4
     assert most == 1
+
+
+@pytest.mark.mistake("durations counted the wait in a queue and the time in which nothing ran")
+async def test_a_duration_is_of_the_attempt_alone(path: Path, autojump_clock: Any) -> None:
+    async def slow(run: Run[Ask]) -> None:
+        await trio.sleep(10)
+
+    machine = one_step(slow, queue="q")
+    async with engine_of(path, machine, queues={"q": 1}) as engine:
+        runs = [await engine.start(machine, key, Ask()) for key in "abc"]
+        for run in runs:
+            await engine.wait(run.id)
+        completed = [event for run in runs for event in engine.events(run.id) if event.type == "complete"]
+        assert [event.payload["duration_ms"] for event in completed] == [10_000] * 3
+        assert completed[2].at_ms - completed[0].at_ms == 20_000
+
+
+@pytest.mark.mistake("finished runs stayed in memory until the same key ran again")
+async def test_an_engine_keeps_nothing_of_a_run_that_has_ended(path: Path) -> None:
+    machine = one_step(effect)
+    async with engine_of(path, machine, queues={"q": 1}) as engine:
+        run = await engine.start(machine, "k", Ask(), queue="q")
+        assert engine.works_at(run.id)
+        await engine.wait(run.id)
+        assert not engine.works_at(run.id)
+        held = engine._active, engine._needed, engine._stopped, engine._ownership._held, engine.queues["q"]._waiting
+        assert not any(held) and engine.queues["q"].held == 0
+
+
+@pytest.mark.capability("a caller's trace context is kept with the run and given to its steps, also after a restart")
+@pytest.mark.mistake("the link to the caller's trace was lost in a queue")
+async def test_a_trace_goes_with_its_run(path: Path) -> None:
+    seen: list[str | None] = []
+
+    async def looks(run: Run[Ask]) -> None:
+        seen.append(run.trace)
+        await run.app.gate(run.key).wait()
+
+    machine, toy = one_step(looks), Toy()
+    async with engine_of(path, machine, queues={"q": 1}, grace_s=0, app=toy) as engine:
+        await engine.start(machine, "k", Ask(), queue="q", trace="00-4bf92f3577b34da6-00f067aa0ba902b7-01")
+        await blocked()
+    toy.gate("k").set()
+    async with engine_of(path, machine, queues={"q": 1}, app=toy) as engine:
+        await engine.wait(engine.runs()[0].id)
+    assert seen == ["00-4bf92f3577b34da6-00f067aa0ba902b7-01"] * 2
 
 
 async def test_a_queue_is_for_steps_or_for_runs(path: Path) -> None:
@@ -652,6 +699,7 @@ async def test_what_a_stop_breaks_is_not_an_outcome(path: Path, autojump_clock: 
         assert (await engine.wait(started.id)).ok
 
 
+@pytest.mark.mistake("a start after the shutdown waited for ever")
 async def test_who_waits_is_told_that_the_engine_stops(path: Path, autojump_clock: Any) -> None:
     machine = one_step(gated)
     async with engine_of(path, machine) as engine:

@@ -478,6 +478,7 @@ async def test_the_writes_of_a_life_use_indexes(path: Path, autojump_clock: Any)
 
 
 @pytest.mark.capability("finished runs can be forgotten by age, with their logs")
+@pytest.mark.mistake("history was never pruned")
 async def test_prune_forgets_old_finished_runs_only(path: Path, autojump_clock: Any) -> None:
     clock = Wall()
     live = one_step(gated, name="live")
