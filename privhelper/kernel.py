@@ -162,45 +162,23 @@ def keep_capabilities(names: Iterable[str]) -> None:
     _checked(_libc.capset(header, struct.pack("=IIIIII", low, low, 0, high, high, 0)), "capset")
 
 
-# Landlock rights of landlock(7), by the bit they have.
+# Landlock rights of landlock(7), by the bit they have: all of version 2, the first under which a hard link is possible.
+# What later versions add (truncate, ioctl, TCP, signals) has no system call left that asks for it: policy/syscalls/.
 _LANDLOCK_BITS: Final = {
     "execute": 0, "write_file": 1, "read_file": 2, "read_dir": 3, "remove_dir": 4, "remove_file": 5, "make_char": 6,
     "make_dir": 7, "make_reg": 8, "make_sock": 9, "make_fifo": 10, "make_block": 11, "make_sym": 12, "refer": 13,
-    "truncate": 14, "ioctl_dev": 15,
 }  # fmt: skip
-_LANDLOCK_RIGHTS_BY_ABI: Final = {1: 13, 2: 14, 3: 15, 4: 15}  # how many of them an older kernel knows; 16 from ABI 5
 
 
-def landlock_abi() -> int:
-    """Return which Landlock this kernel has; 0 is none."""
+def restrict_beneath(root: int, rights: Iterable[str]) -> None:
+    """Allow these rights below one directory and none anywhere else (Linux 5.19; an error where Landlock is not on)."""
+    every, allowed = (sum(1 << _LANDLOCK_BITS[name] for name in names) for names in (_LANDLOCK_BITS, rights))
+    ruleset = _call("landlock_create_ruleset", struct.pack("=Q", every), 8, 0)
     try:
-        return _call("landlock_create_ruleset", None, 0, 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # landlock(7): not built in, or not switched on
-            raise
-        return 0
-
-
-def restrict_beneath(root: int, rights: Iterable[str]) -> int:
-    """Allow these rights below one directory and none anywhere else; return the ABI in force, 0 where there is none.
-
-    A kernel with ABI 1 forbids every hard link between two directories under a ruleset, so it counts as none.
-    """
-    abi = landlock_abi()
-    if abi < 2:
-        return 0
-    known = (1 << _LANDLOCK_RIGHTS_BY_ABI.get(abi, 16)) - 1
-    network = 0b11 if abi >= 4 else 0  # bind and connect by TCP
-    scope = 0b11 if abi >= 6 else 0  # abstract sockets, signals
-    attributes = struct.pack("=QQQ", known, network, scope)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = _call("landlock_create_ruleset", attributes, len(attributes), 0)
-    try:
-        allowed = sum(1 << _LANDLOCK_BITS[right] for right in rights) & known
         _call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", allowed, root), 0)
         _call("landlock_restrict_self", ruleset, 0)
     finally:
         os.close(ruleset)
-    return abi
 
 
 def install_seccomp(program: bytes) -> None:
