@@ -1,7 +1,7 @@
 """`imgpull check`: files as the layers of one image, read at the same time, without S3, root or store.
 
 Rule 1: a process a layer; they read at once, one more than there are processors, for each waits with what it has read
-until the layers below it are accepted: only then are their manifests whole.
+until the layers below it are accepted, one by one: only then are their manifests whole.
 Rule 2: the lowest layer that is refused is told, whichever was met first; what stands on it is not waited for.
 Rule 3: the first checkers are started before anything is loaded that only waits for them (broker/filewait.py, trio).
 """
@@ -19,7 +19,7 @@ from broker.errors import ImgpullError
 from broker.reference import media_of
 from broker.refusal import listed, rejected
 
-_GO = b"\1"
+_WHOLE = b"\1"
 
 
 @dataclass(slots=True)
@@ -83,9 +83,9 @@ class Layer:
         raise refusal
 
     def let_go(self) -> None:
-        """Tell its checker that all manifests below are whole."""
+        """Tell its checker that one more of the manifests below it is whole."""
         assert self.gate is not None
-        os.write(self.gate[1], _GO)
+        os.write(self.gate[1], _WHOLE)
 
     def stop(self) -> None:
         """End its checker, if it lives."""

@@ -34,7 +34,7 @@ async def _run(layers: Sequence[Layer], at_once: int) -> None:
 async def _work(
     layers: Sequence[Layer], scopes: Sequence[trio.CancelScope], layer: Layer, slots: trio.CapacityLimiter
 ) -> None:
-    """See one layer to its end, then let the next one go on, or stop all that stand on it."""
+    """See one layer to its end, then let those above it go on, or stop them."""
     try:
         with scopes[layer.number - 1] as scope:
             if layer.started is None and layer.error is None and not scope.cancel_called:
@@ -48,5 +48,6 @@ async def _work(
     if layer.accepted is None:
         for scope in scopes[layer.number :]:
             scope.cancel()
-    elif layer.number < len(layers):
-        layers[layer.number].let_go()
+    else:
+        for above in layers[layer.number :]:
+            above.let_go()

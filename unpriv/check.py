@@ -107,10 +107,11 @@ def _check(arguments: list[str]) -> int:
 
 
 def _behind_gate(lowers: list[Blob], gated: bool) -> Iterator[Blob]:
-    """Yield the lower layers' manifests once they are whole: the broker says so when this layer has been read."""
-    if gated and not os.read(_GATE, 1):
-        raise RuntimeError("a layer below was not accepted")
-    yield from lowers
+    """Yield each of the lower layers' manifests once it is whole: the broker says so by a byte, from below."""
+    for lower in lowers:
+        if gated and not os.read(_GATE, 1):
+            raise RuntimeError("a layer below was not accepted")
+        yield lower
 
 
 def _told(arguments: list[str]) -> tuple[Job, limits.Limits]:

@@ -24,6 +24,7 @@ from unpriv import rulebook
 
 HONEST = tar(directory(b"d"), member(b"d/f", b"x" * 100_000), symlink(b"l", b"d"), member("é".encode(), b"1"))
 LIMITS_JSON = IN_FORCE.model_dump_json()
+OTHER = tar(member(b"other", b"1"))
 COMMAND = [sys.executable, "-I", "-m", "unpriv.check"]
 
 
@@ -201,27 +202,31 @@ def armed(lines: str) -> list[str]:
     return patched(f"w = c._warm_up\ndef warm(*a):\n w(*a)\n{indented}c._warm_up = warm")
 
 
-@pytest.mark.parametrize(("word", "code"), [(b"\1", 0), (b"", 70)])
-def test_the_lower_manifests_are_read_behind_the_gate(tmp_path: Path, word: bytes, code: int) -> None:
-    """They are written while the layer is read; without a word from the broker there is no verdict."""
-    lower = os.memfd_create("lower")
+@pytest.mark.parametrize(("words", "code"), [(b"\1\1", 0), (b"\1", 70), (b"", 70)])
+def test_each_lower_manifest_is_read_behind_the_gate(tmp_path: Path, words: bytes, code: int) -> None:
+    """They are written while the layer is read; without a word from the broker for each there is no verdict."""
+    below = [check(HONEST), check(HONEST, OTHER)]
+    lower = [os.memfd_create("lower") for _ in below]
     reading, writing = os.pipe()
-    job = json.dumps({"media": "tar", "lower": [lower], "gate_fd": reading})
+    job = json.dumps({"media": "tar", "lower": lower, "gate_fd": reading})
     with blob(tmp_path, tar(member(b"d/.wh.f"))).open("rb") as source:
         process = subprocess.Popen(
             [*COMMAND, job, LIMITS_JSON],
             stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"},
-            pass_fds=[lower, reading],
+            pass_fds=[*lower, reading],
         )  # fmt: skip
     os.close(reading)
-    os.write(lower, check(HONEST).manifest)
-    os.write(writing, word)
+    for descriptor, layer, word in zip(lower, below, words.ljust(2), strict=True):
+        os.write(descriptor, layer.manifest)
+        if word == 1:
+            os.write(writing, b"\1")
     os.close(writing)
     said, _ = process.communicate(timeout=60)
-    os.close(lower)
+    for descriptor in lower:
+        os.close(descriptor)
     assert process.returncode == code
-    if word:
-        assert json.loads(said)["parent"] == check(HONEST).report["layer"]
+    if code == 0:
+        assert json.loads(said)["parent"] == below[-1].report["layer"]
 
 
 def test_a_mistake_inside_the_sandbox_is_one_line_and_no_death(tmp_path: Path) -> None:
