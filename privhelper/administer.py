@@ -5,13 +5,14 @@ Rule: ``serve`` never loads this module, nor the pool modules and programs (mkfs
 
 import os
 import sys
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
 
 from privhelper.devices import Devices, open_store
 from privhelper.ledger import Ledger
 from privhelper.policy import Policy
 from privhelper.protocol import EXIT_CODES
-from privhelper.stores.base import READY, Pool, StoreError
+from privhelper.stores.base import READY, StoreError
 
 _USAGE: Final = """usage: imgpull-helper [--config FILE] COMMAND
   serve                       answer one connection on descriptor 3 (LISTEN_FDS=1)
@@ -26,6 +27,25 @@ _EX_USAGE: Final = 2
 _UNITS: Final = "KMGT"
 _TEXT_OPTIONS: Final = ("metadata", "data")
 _NUMBER_OPTIONS: Final = ("size", "metadata-bytes", "data-bytes", "block-bytes")
+
+
+class Pool(Protocol):
+    """What root alone does to the pool by command: ``imgpull-helper pool create|attach|detach|grow|check``."""
+
+    def create(self, options: Mapping[str, Any]) -> None:
+        """Make and attach a new pool with one formatted base device in it; an existing pool is an error."""
+
+    def attach(self) -> None:
+        """Bring an existing pool into service after a boot; attached already is fine."""
+
+    def detach(self) -> None:
+        """Take the pool out of service; raises StoreError("busy") when a device of it is active."""
+
+    def grow(self, options: Mapping[str, Any]) -> None:
+        """Make the pool larger, in service."""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool, one line a finding; empty is well."""
 
 
 def run(grants: Policy, words: list[str]) -> int:

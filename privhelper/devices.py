@@ -25,15 +25,15 @@ USABLE: Final = (READY, "out_of_data")  # states in which devices can still be d
 
 def open_store(policy: Policy) -> Store:
     """Return the store that the policy names, importing no other."""
-    kind, state_dir = policy.settings["store"], policy.settings["state_dir"]
-    if kind == "thin":
-        from privhelper.stores import thin
+    state_dir = policy.settings["state_dir"]
+    if policy.settings["store"] == "thin":
+        from privhelper.stores.thin import ThinStore
 
-        store: Store = thin.open_store(policy.settings["thin"], state_dir)
+        store: Store = ThinStore(policy.settings["thin"], state_dir)
         return store
-    from privhelper.stores import reflink
+    from privhelper.stores.reflink import ReflinkStore
 
-    return reflink.open_store(policy.settings["reflink"], state_dir)
+    return ReflinkStore(policy.settings["reflink"], state_dir)
 
 
 def log(level: int, text: str) -> None:

@@ -61,6 +61,8 @@ def load(override: str | None) -> Policy:
         texts["override"] = _administrators(override)
         _merge(settings, _parse(override, texts["override"]), override)
     _check_ceilings(settings)
+    if settings["store"] not in ("reflink", "thin"):
+        raise PolicyError(f"store: {settings['store']!r} is neither reflink nor thin")
     return Policy(settings, {row["name"]: row for row in requests["request"]}, authority, filters, _digest(texts))
 
 

@@ -8,19 +8,16 @@ Rule 4: only an inactive device is an origin, so no device is ever suspended and
 The caller serialises: every call that changes the pool is made under the ledger's pool lock and between its intent and
 its fact; activate, deactivate and settle are made under the lock of that device's number.
 
-A module ``privhelper.stores.<kind>`` offers ``open_store(settings, state_dir) -> Store``; ``settings`` is the table
-``[<kind>]`` of policy/helper.toml as the administrator's file overrides it, ``state_dir`` the helper's own directory
-(root, 0700). Opening does nothing yet.
+A store is made of ``settings``, its table of policy/helper.toml as the administrator's file overrides it, and
+``state_dir``, the helper's own directory (root, 0700). Making it does nothing yet.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from privhelper.errors import AnswerError
 
 BASE: Final = 0
 READY: Final = "ready"
-POOL_STATES: Final = ("ready", "absent", "read_only", "needs_check", "out_of_data", "failed")
 
 
 class StoreError(AnswerError):
@@ -30,7 +27,7 @@ class StoreError(AnswerError):
 class PoolStatus(NamedTuple):
     """How the pool is, as the kernel tells at this moment. Bytes are 0 where a state leaves them unknown."""
 
-    state: str  # one of POOL_STATES
+    state: str  # ready, absent, read_only, needs_check, out_of_data or failed
     data_bytes: int = 0
     data_used_bytes: int = 0
     metadata_bytes: int = 0  # 0 where the store has no separate metadata (reflink)
@@ -55,7 +52,7 @@ class Store(Protocol):
         """Make ``dev`` a copy of ``origin``, which is inactive; ``dev`` must not exist."""
 
     def delete(self, dev: int) -> None:
-        """Free a device, deactivating what a crash left of it; absent is fine."""
+        """Free an inactive device; absent is fine."""
 
     def devices(self) -> set[int]:
         """Return the numbers that the pool really holds, without BASE; under the pool lock."""
@@ -82,7 +79,7 @@ class Store(Protocol):
         """Take the block device away; absent is fine. Raises StoreError("busy") when somebody keeps it open."""
 
     def active(self) -> dict[int, str]:
-        """Return each active device of this pool and its path, asked of the kernel."""
+        """Return each active device of this pool and its path, asked of the kernel; no path where one is half made."""
 
     def settle(self, dev: int) -> None:
         """Make a finished, inactive device durable."""
@@ -93,22 +90,3 @@ class Store(Protocol):
         The ledger wrote its intent with ``expected`` before the change of the pool and writes its fact with the
         returned number after. Raises StoreError("pool") when the pool had another number: somebody else writes to it.
         """
-
-
-class Pool(Protocol):
-    """What root alone does to the pool by command: ``imgpull-helper pool create|attach|detach|grow|check``."""
-
-    def create(self, options: Mapping[str, Any]) -> None:
-        """Make and attach a new pool with one formatted base device in it; an existing pool is an error."""
-
-    def attach(self) -> None:
-        """Bring an existing pool into service after a boot; attached already is fine."""
-
-    def detach(self) -> None:
-        """Take the pool out of service; raises StoreError("busy") when a device of it is active."""
-
-    def grow(self, options: Mapping[str, Any]) -> None:
-        """Make the pool larger, in service."""
-
-    def check(self) -> list[str]:
-        """Return what is wrong with the pool, one line a finding; empty is well."""

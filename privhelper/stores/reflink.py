@@ -165,8 +165,3 @@ class ReflinkStore:
     def _is_pool(self, folder: int) -> bool:
         above = os.stat(os.path.dirname(self._mount_point))
         return os.fstat(folder).st_dev != above.st_dev and kernel.filesystem_magic(folder) == _XFS_MAGIC
-
-
-def open_store(settings: Mapping[str, Any], state_dir: str) -> ReflinkStore:
-    """Return the store; nothing is opened yet."""
-    return ReflinkStore(settings, state_dir)

@@ -21,7 +21,8 @@ from typing import Any, Final
 
 from privhelper import kernel, loops
 from privhelper.dm import SECTOR_BYTES, DeviceMapper, Target, node
-from privhelper.stores.base import BASE, READY, Pool, PoolStatus, StoreError
+from privhelper.files import sync_folder
+from privhelper.stores.base import BASE, READY, PoolStatus, StoreError
 
 METADATA_BLOCK_BYTES: Final = 4096
 UUID_PREFIX: Final = "IMGPULL-"
@@ -242,24 +243,3 @@ def _read_devices(path: str, superblock: int) -> set[int]:
 def numbers(device: int) -> str:
     """Return a device as tables name it."""
     return f"{os.major(device)}:{os.minor(device)}"
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def open_store(settings: Mapping[str, Any], state_dir: str) -> ThinStore:
-    """Return the store; nothing is opened yet."""
-    return ThinStore(settings, state_dir)
-
-
-def open_pool(settings: Mapping[str, Any], state_dir: str) -> Pool:
-    """Return the pool; what serves a client never gets here, and loads nothing that could run a program."""
-    from privhelper.stores.thin_pool import ThinPool
-
-    return ThinPool(settings, state_dir)

@@ -20,7 +20,7 @@ from privhelper import files, loops
 from privhelper.dm import SECTOR_BYTES, Target
 from privhelper.stores import ext4
 from privhelper.stores.base import BASE, READY, StoreError
-from privhelper.stores.thin import METADATA_BLOCK_BYTES, UUID_PREFIX, ThinStore, numbers, sync_folder
+from privhelper.stores.thin import METADATA_BLOCK_BYTES, UUID_PREFIX, ThinStore, numbers
 
 _MAX_METADATA_BYTES: Final = 255 * ((1 << 14) - 64) * METADATA_BLOCK_BYTES  # THIN_METADATA_MAX_SECTORS
 _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES = 1 << 16, 1 << 30
@@ -247,4 +247,4 @@ def _write_durably(path: str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(path + ".new", path)
-    sync_folder(os.path.dirname(path))
+    files.sync_folder(os.path.dirname(path))

@@ -51,6 +51,7 @@ def test_administrator_changes_values(tmp_path: Path) -> None:
         ("[quota]\nactivations = '1'", "activations"), ("quota = 1", "quota"), ("[quota]\nactivations = true", "activ"),
         ("nonsense", "helper.toml"), ("a = '\udcff'", "helper.toml"),
         ("[limits]\nmanifest_bytes = 17179869185", "manifest_bytes"), ("[limits]\nentries = -1", "entries"),
+        ("store = 'quota'", "neither"),
         ("[populate]\nfirst_host_id = 0", "ids 0"), ("[populate]\nid_count = 4294967295", "ids 2147483648"),
     ],
 )  # fmt: skip
@@ -338,7 +339,7 @@ def test_audit_tells_a_way_that_is_open(
 ) -> None:
     """Without seccomp and without Landlock some attempts succeed, and the audit does not say ok."""
     monkeypatch.setattr(kernel, "install_seccomp", lambda program: None)
-    monkeypatch.setattr(kernel, "restrict_beneath", lambda root, rights: 0)
+    monkeypatch.setattr(kernel, "restrict_beneath", lambda root, rights: None)
     assert administer.run(policy.load(str(installation.config)), ["audit"]) == 1
     wrong = [line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
     assert ["verify", "connect"] in wrong and ["populate", "connect"] in wrong

@@ -79,11 +79,11 @@ def test_sizes_that_the_kernel_would_take_and_not_get_along_with_are_refused(
 
 def test_a_size_is_kept_and_never_shrinks(tmp_path: Path) -> None:
     (tmp_path / "thin").mkdir()
-    store = thin.open_store(SETTINGS, str(tmp_path))
+    store = thin.ThinStore(SETTINGS, str(tmp_path))
     assert store.size_bytes(1) == 10 << 30
     for size in (20 << 30, 15 << 30):
         store.resize(1, size)
-        assert thin.open_store(SETTINGS, str(tmp_path)).size_bytes(1) == 20 << 30
+        assert thin.ThinStore(SETTINGS, str(tmp_path)).size_bytes(1) == 20 << 30
     store.resize(1, 30 << 30)
     assert (store.size_bytes(1), store.size_bytes(11)) == (30 << 30, 10 << 30)
 
@@ -129,6 +129,6 @@ def test_a_host_without_device_mapper_has_an_absent_pool_and_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("privhelper.dm.CONTROL", str(tmp_path / "no-control"))
-    status = thin.open_store(SETTINGS, str(tmp_path)).status()
+    status = thin.ThinStore(SETTINGS, str(tmp_path)).status()
     assert status.state == "absent"
     assert "modprobe dm_thin_pool" in status.advice

@@ -58,7 +58,7 @@ def administer(*words: str, check: bool = True) -> str:
 
 def store() -> thin.ThinStore:
     settings = policy.load(str(CONFIG)).settings
-    return thin.open_store(settings["thin"], settings["state_dir"])
+    return thin.ThinStore(settings["thin"], settings["state_dir"])
 
 
 @contextlib.contextmanager

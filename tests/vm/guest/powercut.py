@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from privhelper import kernel, policy
 from privhelper.dm import DeviceMapper, Target
-from privhelper.stores import thin
+from privhelper.stores import thin_pool
 from privhelper.stores.base import StoreError
 from tests.vm.blocklog import BlockLog
 from tests.vm.guest import helper_cases as helper
@@ -166,7 +166,7 @@ def check_state(path: str, facts: dict[str, Any] | None, thorough: bool) -> str:
     kernel.attach_mount(mount, "/scratch")
     os.close(mount)
     try:
-        pool = thin.open_pool(policy.load(str(helper.CONFIG)).settings["thin"], str(helper.STATE))
+        pool = thin_pool.ThinPool(policy.load(str(helper.CONFIG)).settings["thin"], str(helper.STATE))
         try:
             pool.attach()
         except StoreError as error:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from privhelper.dm import DeviceMapper, Target
-from privhelper.stores import base, thin
+from privhelper.stores import base, thin, thin_pool
 
 MIB = 1 << 20
 NAME = "imgpull"
@@ -49,8 +49,8 @@ class Rig:
             "base_bytes": 256 * MIB, "base_inodes": 4096, "journal_mib": 4, "wait_s": 2,
             "thin_check": "/usr/sbin/thin_check", **changes,
         }  # fmt: skip
-        self.store = thin.open_store(self.settings, folder)
-        self.pool = thin.open_pool(self.settings, folder)
+        self.store = thin.ThinStore(self.settings, folder)
+        self.pool = thin_pool.ThinPool(self.settings, folder)
 
     def file(self, name: str) -> str:
         return os.path.join(self.folder, "thin", name)
