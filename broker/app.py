@@ -11,7 +11,7 @@ import os
 import sqlite3
 import tomllib
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
@@ -21,11 +21,13 @@ from broker import helper, protocol, store, worker
 from broker.board import Board, BoardReporter
 from broker.console import Reporter
 from broker.errors import ImgpullError
+from broker.helper import Helper
 from broker.machine import Engine, Outcome
 from broker.settings import POLICY_DIR, SYSTEM_DIR, Settings
 
 CHECKERS: Final = 2  # at once; each uses one core fully
 COPY_CHUNK: Final = 1 << 20
+SPARE_S: Final = 1.0  # a connection that nobody takes again is closed: root serves a limited number
 P = ParamSpec("P")
 T = TypeVar("T")
 ALL_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -61,6 +63,7 @@ class App:
         self._fetchers: dict[protocol.Endpoint, worker.Fetcher] = {}
         self._starting = trio.Lock()
         self._stop = trio.Event()
+        self._spare: tuple[Helper, AsyncExitStack] | None = None
 
     async def read(
         self, query: Callable[Concatenate[sqlite3.Connection, P], T], *values: P.args, **names: P.kwargs
@@ -96,12 +99,41 @@ class App:
             await self._stop.wait()
 
     def stop(self) -> None:
-        """Let the fetchers end."""
+        """Let the fetchers end, and the spare connection."""
         self._stop.set()
 
-    def helper(self) -> AbstractAsyncContextManager[helper.Helper]:
-        """Return a connection to the root helper, to be entered."""
-        return helper.connect(self.settings.helper_socket)
+    @asynccontextmanager
+    async def helper(self) -> AsyncGenerator[Helper, None]:
+        """Lend a connection to the root helper: the last one, if it came back whole just now, for each costs a process.
+
+        What ends in an error may still be going on there; hanging up ends it.
+        """
+        held, self._spare = self._spare, None
+        if held is not None and not held[0].is_quiet():
+            await held[1].aclose()
+            held = None
+        if held is None:
+            stack = AsyncExitStack()
+            held = await stack.enter_async_context(helper.connect(self.settings.helper_socket)), stack
+        try:
+            yield held[0]
+        except BaseException:
+            await held[1].aclose()
+            raise
+        if self._spare is not None or self._stop.is_set():
+            await held[1].aclose()
+        else:
+            self._spare = held
+            self._nursery.start_soon(self._close_spare, held)
+
+    async def _close_spare(self, held: tuple[Helper, AsyncExitStack]) -> None:
+        try:
+            with trio.move_on_after(SPARE_S):
+                await self._stop.wait()
+        finally:
+            if self._spare is held:
+                self._spare = None
+                await held[1].aclose()
 
     async def manifest_fd(self, layer: str) -> int:
         """Return a descriptor of a manifest, owned by the caller; root's copy is asked for where ours is lost."""

@@ -1,6 +1,6 @@
 """The client of the root helper: one async function a request.
 
-Rule 1: one connection is one helper process; it is opened late, used for a few requests and closed.
+Rule 1: one connection is one helper process; it is opened late, used for a few requests and closed soon after.
 Rule 2: the helper's answers come from root, but are parsed as strictly as a stranger's.
 Rule 3: no path, device name or table is ever sent; a layer is named by its content, an activation by a short name.
 
@@ -11,6 +11,7 @@ import array
 import errno
 import json
 import os
+import select
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -62,6 +63,12 @@ class Helper:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock
         self.greeting: dict[str, Any] = {}
+
+    def is_quiet(self) -> bool:
+        """Tell whether the connection can be used again: nothing has come that nobody asked for, not even its end."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN | select.POLLRDHUP)
+        return not poll.poll(0)
 
     async def stat(self, layer: str) -> str:
         """Return ``sealed``, ``committing`` or ``absent``."""

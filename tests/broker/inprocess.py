@@ -154,6 +154,9 @@ class Direct(Helper):
         self._around = around
         self._answers: deque[dict[str, Any]] = deque()
 
+    def is_quiet(self) -> bool:
+        return True
+
     async def _send(self, request: dict[str, Any], descriptors: list[int]) -> None:
         around = self._around
         await around.pause()

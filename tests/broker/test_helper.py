@@ -1,6 +1,7 @@
 import hashlib
 import json
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import trio
 import trio.testing
 
-from broker import helper
+from broker import app, helper, settings
 from broker.app import sealed_copy
+from broker.console import Reporter
 from broker.errors import ImgpullError
 from tests.broker.fake_helper import FakeHelper, HangUpError, fake_helper
 from tests.support import descriptors
@@ -100,6 +102,39 @@ async def test_answer_of_no_known_form_is_refused(tmp_path: Path) -> None:
         async with helper.connect(fake.path) as root:
             with pytest.raises(ImgpullError, match="hung up"):
                 await root.stat(LAYER)
+
+
+async def test_connection_that_came_back_is_lent_again(tmp_path: Path, mock_clock: trio.testing.MockClock) -> None:
+    """The clock stands still but for the jump, so that nothing here depends on how fast this machine is."""
+    chosen = settings.load({"helper_socket": ""}, {"HOME": str(tmp_path)}, tmp_path)
+    async with fake_helper(tmp_path) as fake:
+        chosen.values["helper_socket"] = settings.Value(fake.path, "flag")
+        async with app.running(chosen, Reporter()) as ours:
+            async with ours.helper() as first, ours.helper() as second:
+                assert first is not second, "one connection speaks with one at a time"
+            async with ours.helper() as third:
+                assert third in (first, second)
+            assert fake.connections == 2
+
+            with pytest.raises(ImgpullError):
+                async with ours.helper() as failed:
+                    await failed.activate(LAYER, "web", "rw")
+            async with ours.helper() as fourth:
+                assert fourth is not failed and fake.connections == 3
+
+            fake.script["stat"] = _hang_up
+            with suppress(ImgpullError):
+                await fourth.stat(LAYER)  # the spare one's helper dies
+            async with ours.helper() as fifth:
+                assert fifth is not fourth and fake.connections == 4
+
+            await trio.testing.wait_all_tasks_blocked()  # whoever is to close it looks at the clock now
+            mock_clock.jump(app.SPARE_S)
+            await trio.testing.wait_all_tasks_blocked()
+            assert fifth._sock.fileno() < 0, "a spare connection is given up"
+            async with ours.helper() as sixth:
+                assert sixth is not fifth
+        assert sixth._sock.fileno() < 0, "nothing is left open at the end"
 
 
 async def test_missing_socket_says_how_to_start_the_helper(tmp_path: Path) -> None:
