@@ -214,7 +214,8 @@ class Reader:
             # Go's reader hands a global header out as an entry of its own and forgets what came before it.
             raise RejectedError(EXTENSION_MIXED, "a global header between an extension header and its member")
         if kind in b"LK":
-            limit = min(limit, max(self._limits.names.path_bytes, self._limits.names.link_target_bytes) + 1)
+            # Twice as long as what is left when `./` and doubled slashes are gone, and its length is judged.
+            limit = min(limit, 2 * max(self._limits.names.path_bytes, self._limits.names.link_target_bytes))
         if size > limit or fields.size_blank:
             raise RejectedError(EXTENSION_TOO_LARGE, f"an extension header of {size} bytes, limit {limit}")
         self._kind_of_extension, self._body = kind, bytearray()

@@ -27,6 +27,7 @@ from tests.unpriv.tarbytes import (
 )
 
 INNER = member(b"smuggled", b"!")  # a body that is a member itself
+LONGEST = b"/".join([b"n" * 255] * 16)  # 4,095 bytes
 OK = member(b"ok", b"ok\n")
 BIG = 0o77777777777 + 1  # 8 GiB: the first size that eleven octal digits cannot hold
 
@@ -173,6 +174,9 @@ REFUSED = {
         "extension_mixed",
     ),
     "pax_header_then_the_end": (OK + pax((b"path", b"a")), "extension_orphaned"),
+    "long_name_too_long": (long_name(b"n/" * 2048) + OK, "path_too_deep"),
+    "longest_name_and_one_more": (long_name(b"n" + LONGEST) + OK, "component_too_long"),
+    "long_name_twice_too_long": (long_name(b"n/" * 4096) + OK, "extension_too_large"),
     "long_name_then_the_end": (OK + long_name(b"a" * 120), "extension_orphaned"),
     "long_name_of_four_gib": (head(b"././@LongLink", b"L", size=base256(4 << 30, 12)) + OK, "extension_too_large"),
     "pax_header_of_four_gib": (head(b"x", b"x", size=base256(4 << 30, 12)) + OK, "extension_too_large"),
@@ -256,6 +260,7 @@ ACCEPTED = {
         pax((b"MSWINDOWS.fileattr", b"32"), (b"APK-TOOLS.checksum.SHA1", b"0" * 40), (b"SCHILY.nlink", b"1")), OK
     ),
     "pax_empty": tar(raw_pax(b""), OK),
+    "longest_name_with_a_dot_before_it": tar(OK, long_name(b"./" + LONGEST), member(b"n" * 100, b"1")),
     "long_name_that_was_not_needed": tar(long_name(b"ok"), OK),
     "long_name_without_a_nul": tar(member(b"././@LongLink", b"ok", b"L"), OK),
     "long_name_with_two_nuls": tar(member(b"././@LongLink", b"ok\0\0", b"L"), OK),
