@@ -6,6 +6,7 @@ Rule 3: one place turns errors into three lines and an exit code.
 """
 
 import io
+import shutil
 import signal
 import sys
 import traceback
@@ -32,7 +33,12 @@ SECTIONS: Final = {
 
 
 class Formatter(click.HelpFormatter):
-    """Help for narrow terminals too: the names take less than half of the line."""
+    """Help for narrow terminals too, which click takes for 50 columns: the names take less than half of the line."""
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        if width is None:
+            width = max(20, min(shutil.get_terminal_size().columns, max_width or 80) - 2)
+        super().__init__(indent_increment, width, max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write names and texts side by side."""
@@ -67,8 +73,8 @@ class Program(click.Group):
         """Run the command line; what click says of a wrong one becomes three lines or one object."""
         words = list(sys.argv[1:] if args is None else args)
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # what this locale cannot write is escaped, never an error
-                stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper):  # what this locale cannot write is no error
+                stream.reconfigure(errors=console.IN_ASCII)
         try:
             result = super().main(words, standalone_mode=False, **extra)
         except click.UsageError as error:

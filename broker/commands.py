@@ -154,19 +154,20 @@ def show(settings: Settings, *, image: str, as_json: bool) -> int:
             }
         )
         return 0
-    print(f"image     {console.escape(chosen.ref)}")
-    print(f"endpoint  {console.escape(chosen.endpoint or 'aws')}")
-    print(f"top       {chosen.top}")
-    print(f"pulled    {ago(chosen.pulled_ms)}")
+    print(f"image    {console.escape(chosen.ref)}")
+    print(f"from     {console.escape(chosen.endpoint or 'aws')}")
+    print(f"top      {chosen.top}")
+    print(f"pulled   {ago(chosen.pulled_ms)}")
     for layer in layers:
         shared = f", shared by {layer['images']} images" if layer["images"] > 1 else ""
-        print(f"\nlayer {layer['number']}   {layer['layer']}")
+        print(f"\nlayer {layer['number']:<3}{layer['layer']}")
         print(
             f"  object   {console.escape(layer['key'])}  {console.size(layer['size'])}"
             f"  etag {console.escape(layer['etag'])}"
             + (f"  version {console.escape(layer['version'])}" if layer["version"] else "")
         )
-        print(f"  content  {layer['digest']}, first fetched {ago(layer['fetched_ms'])}")
+        print(f"  sha256   {layer['digest'].removeprefix('sha256:')}")
+        print(f"  fetched  {ago(layer['fetched_ms'])} for the first time")
         print(f"  entries  {layer['entries']}, {console.size(layer['content_bytes'])} of files{shared}")
         for rule, count in layer["notes"]["dropped"].items():
             print(f"  dropped  {count} x {rule}")
@@ -534,7 +535,7 @@ def explain(settings: Settings, *, word: str | None, as_json: bool) -> int:
     if as_json:
         _print_json(fields)
     else:
-        print("\n".join(lines))
+        print("\n".join(console.folded("", line) for line in lines))
     return 0
 
 
@@ -555,8 +556,8 @@ def _print_codes(rules: dict[str, dict[str, str]], as_json: bool) -> None:
         _print_json([_code(word) for word in CATALOGUE])
         return
     for word, kind in CATALOGUE.items():
-        print(f"{word:<20}{kind.exit_code:>3}  {kind.title}")
-    print(f"\nrules of the checker: {', '.join(rules)}")
+        print(console.folded(f"{word:<20}{kind.exit_code:>3}  ", kind.title))
+    print("\n" + console.folded("rules of the checker: ", ", ".join(rules)))
 
 
 # ---------------------------------------------------------------- runs
@@ -723,16 +724,16 @@ def pool(settings: Settings, *, as_json: bool) -> int:
             }
         )
         return 0
-    print(f"store       {greeting['store']}, {figures['state']}")
-    print(f"data        {_share(figures['data_used_bytes'], figures['data_bytes'])}")
+    print(f"store    {greeting['store']}, {figures['state']}")
+    print(f"data     {_share(figures['data_used_bytes'], figures['data_bytes'])}")
     if figures.get("metadata_bytes"):
-        print(f"metadata    {_share(figures['metadata_used_bytes'], figures['metadata_bytes'])}")
+        print(f"metadata {_share(figures['metadata_used_bytes'], figures['metadata_bytes'])}")
     if figures.get("reserved_bytes"):
-        print(f"reserved    {console.size(figures['reserved_bytes'])} for commits in flight")
-    print(f"block       {figures['block_bytes'] // 1024} KiB")
-    print(f"layers      {len(layers)}")
-    print(f"devices     {len(activations)} of yours")
-    print(f"policy      {greeting['policy']}")
+        print(f"reserved {console.size(figures['reserved_bytes'])} for commits in flight")
+    print(f"block    {figures['block_bytes'] // 1024} KiB")
+    print(f"layers   {len(layers)}")
+    print(f"devices  {len(activations)} of yours")
+    print(f"policy   {greeting['policy']}")
     return 0
 
 
@@ -752,15 +753,15 @@ def doctor(settings: Settings, *, ref: str | None, repair: bool, as_json: bool) 
     else:
         width = max(len(f.subject) for f in findings)
         for finding in findings:
-            print(f"{finding.verdict:<4}  {finding.subject.ljust(width)}  {console.escape(finding.text)}")
+            print(console.folded(f"{finding.verdict:<4}  {finding.subject:<{width}}  ", console.escape(finding.text)))
             if finding.remedy and finding.verdict != "ok":
-                print(f"      {' ' * width}  -> {finding.remedy}")
+                print(console.folded(f"      {'':<{width}}  -> ", finding.remedy))
     return 1 if any(f.verdict == "fail" for f in findings) else 0
 
 
 CONFIG_COLUMNS = [
     Column("name", lambda r: r["name"]),
-    Column("value", lambda r: r["value"]),
+    Column("value", lambda r: r["value"], console.exactly),
     Column("unit", lambda r: r["unit"]),
     Column("origin", lambda r: r["origin"]),
 ]
@@ -777,7 +778,7 @@ def config_show(settings: Settings, *, origin: bool, **options: Any) -> int:
 
 POLICY_COLUMNS = [
     Column("key", lambda g: g.key),
-    Column("value", lambda g: g.value),
+    Column("value", lambda g: g.value, console.exactly),
     Column("origin", lambda g: g.origin),
 ]
 

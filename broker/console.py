@@ -7,9 +7,12 @@ Rule 3: text from an archive or a bucket is escaped before it meets a terminal.
 Stages of a layer: waiting, fetching, checking, committing, ready; `shared` where the layer was there already.
 """
 
+import codecs
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ STAGES: Final = ("waiting", "fetching", "checking", "committing", "ready", "shar
 WORK: Final = {"fetching": "fetch", "checking": "check", "committing": "commit"}
 SETTLED: Final = ("ready", "shared", "failed")
 HEARTBEAT_S: Final = 10.0
+LEAST: Final = 12  # columns that a text which is cut still has
 
 
 @dataclass(slots=True)
@@ -42,6 +46,20 @@ class Line:
         now_s = time.monotonic()
         self.spent_s[self.stage] = self.spent_s.get(self.stage, 0.0) + now_s - self.started_s
         self.stage, self.started_s = stage, now_s
+
+
+IN_ASCII: Final = "imgpull-in-ascii"
+ASCII: Final = {"…": "...", "×": "x", "→": "->"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Write what a locale has no character for in others, or escaped. A handler of encoding errors, codecs(3)."""
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end
+
+
+codecs.register_error(IN_ASCII, _in_ascii)
 
 
 def escape(text: object) -> str:
@@ -299,6 +317,11 @@ class Column:
     right: bool = False
 
 
+def exactly(value: object) -> str:
+    """Return a value as settings and policy files spell it."""
+    return str(value).lower() if isinstance(value, bool) else escape(value)
+
+
 def table(
     rows: list[Any],
     columns: list[Column],
@@ -327,17 +350,62 @@ def table(
         rows = sorted(rows, key=lambda r: (key(r) is None, key(r)), reverse=sort.startswith("-"))
     if as_json:
         return json.dumps([{c.name: c.value(r) for c in shown} for r in rows], sort_keys=True, indent=2)
-    cells = [[escape(c.value(r)) if exact else c.show(c.value(r)) for c in shown] for r in rows]
+    cells = [[exactly(c.value(r)) if exact else c.show(c.value(r)) for c in shown] for r in rows]
     if exact:
         head = [] if no_header else [[c.name for c in shown]]
         return "\n".join("\t".join(row) for row in head + cells)
     head = [] if no_header else [[c.name.upper().replace("_", " ") for c in shown]]
+    return "\n".join(_fitted(head, cells, shown, terminal_width()))
+
+
+def _fitted(head: list[list[str]], cells: list[list[str]], shown: list[Column], room: int | None) -> list[str]:
+    """Return the lines of a table. Where the terminal is too narrow, the widest text loses its beginning; if even that
+    does not help, each row becomes a paragraph.
+    """
     widths = [max((len(row[i]) for row in head + cells), default=0) for i in range(len(shown))]
-    lines = [
+    total = sum(widths) + 2 * (len(widths) - 1)
+    if room is not None and total > room and cells:
+        at = max(range(len(widths)), key=lambda i: (not shown[i].right, widths[i]))
+        least = max(LEAST, *(len(row[at]) for row in head)) if head else LEAST
+        if widths[at] - (total - room) < least:
+            return _paragraphs(cells, shown)
+        widths[at] -= total - room
+        cells = [[*row[:at], _tail(row[at], widths[at]), *row[at + 1 :]] for row in cells]
+    return [
         "  ".join(
             text.rjust(width) if column.right else text.ljust(width)
             for text, width, column in zip(row, widths, shown, strict=True)
         ).rstrip()
         for row in head + cells
     ]
-    return "\n".join(lines)
+
+
+def _tail(text: str, room: int) -> str:
+    """Return the end of a text that is too long: references and keys differ there."""
+    return text if len(text) <= room else "…" + text[len(text) - room + 1 :]
+
+
+def _paragraphs(cells: list[list[str]], shown: list[Column]) -> list[str]:
+    names = [c.name.replace("_", " ") for c in shown]
+    width = max(map(len, names))
+    lines = []
+    for row in cells:
+        lines += [f"{name.ljust(width)}  {text}".rstrip() for name, text in zip(names, row, strict=True) if text]
+        lines.append("")
+    return lines[:-1]
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that results go to; None where they go elsewhere, whole."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(head: str, text: str) -> str:
+    """Return a text after its head, on a terminal in lines of its width that stand below each other."""
+    room = terminal_width()
+    if room is None or room - len(head) < LEAST:
+        return head + text
+    return textwrap.fill(
+        text, room, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False,
+        break_long_words=False,
+    )  # fmt: skip

@@ -32,7 +32,7 @@ LANDLOCK_VERSION: Final = 1  # its flag that asks for the ABI only
 CLOCK_WARN_S: Final = 5  # a clock that anybody keeps right is nearer
 CLOCK_FAIL_S: Final = 900  # AWS Signature Version 4: from here on requests are answered with RequestTimeTooSkewed
 MIN_KERNEL: Final = (5, 12)  # idmapped mounts, mount_setattr(2)
-TARGET_VERSIONS: Final = Path("/sys/module")
+KERNEL_MODULES: Final = Path("/sys/module")
 # systemd.unit(5), in the order in which systemd prefers them.
 UNIT_FOLDERS: Final = tuple(
     Path(name) for name in ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system",
@@ -87,10 +87,6 @@ def _kernel(_: Settings) -> Iterator[Finding]:
     good = numbers >= MIN_KERNEL
     wanted = ".".join(map(str, MIN_KERNEL))
     yield Finding("ok" if good else "fail", "kernel", release, "" if good else f"{wanted} or later is needed")
-    has_thin = (TARGET_VERSIONS / "dm_thin_pool").exists()
-    text = "device-mapper thin provisioning is loaded" if has_thin else "no device-mapper thin target is loaded"
-    remedy = "" if has_thin else "`modprobe dm-thin-pool` for the thin store; the reflink store does not need it"
-    yield Finding("ok" if has_thin else "warn", "device-mapper", text, remedy)
 
 
 def _sandbox(_: Settings) -> Iterator[Finding]:
@@ -105,7 +101,10 @@ def _sandbox(_: Settings) -> Iterator[Finding]:
     else:
         why = os.strerror(ctypes.get_errno() or errno.ENOSYS).lower()
         yield Finding(
-            "warn", "landlock", f"not there ({why}); seccomp alone holds the workers", "boot with lsm=landlock,…"
+            "warn",
+            "landlock",
+            f"not there ({why}); seccomp alone holds the workers",
+            "boot with `lsm=landlock,yama,apparmor`",
         )
     with open("/proc/self/status", encoding="ascii") as file:
         has_seccomp = "Seccomp:" in file.read()
@@ -132,7 +131,12 @@ def _state(settings: Settings) -> Iterator[Finding]:
             continue
         free = shutil.disk_usage(existing).free
         level: Verdict = "ok" if free > 4 << 30 else "warn"
-        yield Finding(level, subject, f"{folder}, {console.size(free)} free", "a large image needs several GB")
+        yield Finding(
+            level,
+            subject,
+            f"{folder}, {console.size(free)} free",
+            f"`imgpull gc`, or set IMGPULL_{subject.upper()}_DIR",
+        )
     yield _integrity(paths)
 
 
@@ -179,15 +183,22 @@ def _units(_: Settings) -> Iterator[Finding]:
     places = {path: next((f / path.name for f in UNIT_FOLDERS if (f / path.name).exists()), None) for path in shipped}
     missing = [path.name for path, found in places.items() if found is None]
     if missing:
-        yield Finding("warn", "units", f"not installed: {', '.join(missing)}", "install the package: `make deb`")
+        yield Finding(
+            "warn",
+            "units",
+            f"not installed: {', '.join(missing)}",
+            "`make deb`, then as root: `apt install ./dist/imgpull_*.deb`",
+        )
     for path, found in places.items():
         more = [str(p) for folder in UNIT_FOLDERS for p in sorted((folder / f"{path.name}.d").glob("*.conf"))]
         if found is None:
             continue
         if found.read_bytes() != path.read_bytes():
-            yield Finding("warn", path.name, f"{found} differs from what is shipped", f"compare it with {path}")
+            yield Finding("warn", path.name, f"{found} differs from what is shipped", f"`diff {found} {path}`")
         elif more:
-            yield Finding("warn", path.name, f"changed by {', '.join(more)}", "see that it still forbids enough")
+            yield Finding(
+                "warn", path.name, f"changed by {', '.join(more)}", f"`systemctl cat {path.name}` shows it whole"
+            )
         else:
             yield Finding("ok", path.name, f"{found}, as shipped, hardening included")
 
@@ -204,11 +215,24 @@ def _door(settings: Settings) -> Iterator[Finding]:
             yield Finding("ok", "group", f"this session is in {entry.gr_name}")
         elif user.pw_name in entry.gr_mem:
             yield Finding(
-                "fail", "group", f"{user.pw_name} is in {entry.gr_name}, but not in this session", "log in again"
+                "fail",
+                "group",
+                f"{user.pw_name} is in {entry.gr_name}, but not in this session",
+                f"log in again, or `newgrp {entry.gr_name}`",
             )
         else:
             remedy = f"as root: `usermod -aG {entry.gr_name} {user.pw_name}`, then log in again"
             yield Finding("fail", "group", f"{user.pw_name} is not in {entry.gr_name}", remedy)
+
+
+def _device_mapper(store_kind: str) -> Finding:
+    """Look for the kernel's thin target; only root may ask for its version. ``store_kind`` is empty if unknown."""
+    if (KERNEL_MODULES / "dm_thin_pool").exists():
+        return Finding("ok", "device-mapper", "its thin target is loaded")
+    if store_kind == "reflink":
+        return Finding("ok", "device-mapper", "no thin target is loaded; the reflink store needs none")
+    remedy = "as root: `modprobe dm-thin-pool`; a kernel without it has the store `reflink`"
+    return Finding("warn", "device-mapper", "no thin target is loaded", remedy)
 
 
 def _helper(settings: Settings) -> Iterator[Finding]:
@@ -217,8 +241,10 @@ def _helper(settings: Settings) -> Iterator[Finding]:
     try:
         greeting, layers, _ = work.inventory(settings)
     except ImgpullError as error:
+        yield _device_mapper("")
         yield Finding("fail", "root helper", error.problem.what, error.problem.lines()[-1])
         return
+    yield _device_mapper(greeting["store"])
     yield Finding("ok", "root helper", f"answers on {settings.helper_socket}, {len(layers)} layers")
     figures = greeting["pool"]
     if figures["state"] != "ready":

@@ -177,3 +177,61 @@ def test_rate_is_of_the_bytes_that_were_seen_to_come(monkeypatch: pytest.MonkeyP
     reporter.stage("k", "fetching", 6_000, 10_000)
     assert " 500 B/s" in str(reporter._row(reporter.lines["k"], 120, 20))
     reporter.close()
+
+
+WIDE = [{"name": "s3://bucket/images/golang", "bytes": 5}, {"name": "s3://bucket/images/node", "bytes": 6}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines"),
+    [
+        (
+            None,
+            [
+                "NAME                       BYTES",
+                "s3://bucket/images/golang    5 B",
+                "s3://bucket/images/node      6 B",
+            ],
+        ),
+        (
+            32,
+            [
+                "NAME                       BYTES",
+                "s3://bucket/images/golang    5 B",
+                "s3://bucket/images/node      6 B",
+            ],
+        ),
+        (24, ["NAME               BYTES", "…et/images/golang    5 B", "…cket/images/node    6 B"]),
+        (19, ["NAME          BYTES", "…ages/golang    5 B", "…images/node    6 B"]),
+        (18, ["name   s3://bucket/images/golang", "bytes  5 B", "", "name   s3://bucket/images/node", "bytes  6 B"]),
+    ],
+)
+def test_table_fits_the_terminal(columns: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widest text loses its beginning; where even that does not help, each row becomes a paragraph."""
+    monkeypatch.setattr(console, "terminal_width", lambda: columns)
+    assert table(WIDE, COLUMNS).splitlines() == lines
+
+
+def test_only_a_terminal_has_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert console.terminal_width() is None
+    assert table(WIDE, COLUMNS).splitlines()[1] == "s3://bucket/images/golang    5 B"
+
+
+def test_text_hangs_below_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert console.folded("busy  ", "Somebody else holds it.") == "busy  Somebody else holds it."
+    monkeypatch.setattr(console, "terminal_width", lambda: 20)
+    assert console.folded("busy  ", "Somebody else holds it.") == "busy  Somebody else\n      holds it."
+    assert console.folded(" " * 12, "Somebody else") == " " * 12 + "Somebody else", "no room to hang in"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [("ascii", b"1.tar, ... -> x \\xe9\\u672c"), ("latin-1", b"1.tar, ... -> \xd7 \xe9\\u672c")],
+)
+def test_what_a_locale_cannot_write_is_written_otherwise(encoding: str, expected: bytes) -> None:
+    assert "1.tar, … → × é本".encode(encoding, console.IN_ASCII) == expected
+
+
+def test_switches_are_spelled_as_in_the_settings_file() -> None:
+    assert (console.exactly(True), console.exactly("a\n"), console.exactly(5)) == ("true", "a\\n", "5")

@@ -87,6 +87,18 @@ def test_unit_that_was_changed_or_is_missing_is_noticed(world: World, units: Pat
     assert SOCKET in findings(world)["units"]["text"]
 
 
+def test_thin_target_is_missed_only_where_the_store_may_need_it(
+    world: World, units: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "KERNEL_MODULES", tmp_path)
+    assert findings(world)["device-mapper"]["verdict"] == "ok", "the store is reflink"
+    world.environ["IMGPULL_HELPER_SOCKET"] = str(world.folder / "none")
+    found = findings(world)["device-mapper"]
+    assert (found["verdict"], "modprobe dm-thin-pool" in found["remedy"]) == ("warn", True)
+    (tmp_path / "dm_thin_pool").mkdir()
+    assert findings(world)["device-mapper"]["verdict"] == "ok"
+
+
 def test_drop_in_that_changes_a_unit_is_named(world: World, units: Path, tmp_path: Path) -> None:
     folder = tmp_path / "etc" / f"{SOCKET}.d"
     folder.mkdir(parents=True)

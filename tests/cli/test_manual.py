@@ -60,7 +60,7 @@ def test_help_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -
     """A word that is wider than the room it has, such as a list of choices, is the only thing that may stick out."""
     monkeypatch.setenv("COLUMNS", str(columns))
     for command in (imgpull, *imgpull.commands.values()):
-        with command.context_class(command, info_name="imgpull", terminal_width=columns) as context:
+        with command.context_class(command, info_name="imgpull", max_content_width=100) as context:
             for line in command.get_help(context).splitlines():
                 assert len(line) <= columns or len(line.split()) <= 2, line
 
