@@ -128,7 +128,7 @@ def _adopt(ledger: Ledger, identity: str, transaction: int) -> None:
     """Let a fresh ledger remember its pool; a ledger never changes its pool."""
     known, _ = ledger.pool()
     if identity and not known:
-        ledger.adopt_pool(identity, transaction)
+        ledger.one("INSERT INTO pool VALUES(1, ?, ?)", identity, transaction)
     elif identity != known:
         raise StoreError("pool", f"this ledger belongs to pool {known}, not to {identity}")
 

@@ -174,11 +174,6 @@ class Ledger:
             self.one("DELETE FROM claim WHERE layer NOT IN (SELECT layer FROM device WHERE kind = 'layer')")
             self.one("UPDATE pool SET trans = ?", trans)
 
-    def adopt_pool(self, identity: str, trans: int) -> None:
-        """Remember which pool this ledger belongs to: ``pool create`` does this once."""
-        with self.transaction():
-            self.one("INSERT INTO pool VALUES(1, ?, ?)", identity, trans)
-
     def claim(self, layer: str, uid: int) -> bool:
         """Write down that a user has shown the whole of a layer; return whether it is there, and sealed."""
         with self.transaction():
