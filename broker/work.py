@@ -148,21 +148,22 @@ async def _do(
 
 async def _show_others(app: App, report: Reporter, title: str, run_id: str) -> None:
     """Show how far the layers of a pull are that another process works at."""
-    lookup, works_at = app.engine.lookup, app.engine.works_at
+    lookup, owned_elsewhere = app.engine.lookup, app.engine.owned_elsewhere
     told: set[str] = set()
     while True:
-        layers = await app.read(lambda _: lookup.children(lookup.run(run_id)))
-        theirs = [layer for layer in layers if layer.active and not works_at(layer.id)]
-        if (theirs or not works_at(run_id)) and run_id not in told:
+        pull = await app.read(lambda _: lookup.run(run_id))
+        layers = await app.read(lambda _, pull=pull: lookup.children(pull))  # type: ignore[misc]
+        is_theirs = owned_elsewhere(pull)
+        shown = layers if is_theirs else [layer for layer in layers if owned_elsewhere(layer)]
+        if (shown or is_theirs) and run_id not in told:
             report.notice("another imgpull works at this: its progress is shown, and it is taken over if it dies")
-        if not works_at(run_id) and {layer.key for layer in layers} - told:
+            told.add(run_id)
+        if is_theirs and {layer.key for layer in layers} - told:
             known = [(layer.key, machines.LayerRequest.model_validate_json(layer.request).pin) for layer in layers]
             report.begin(title, [(key, machines.label(pin.key), pin.size) for key, pin in known])
-        for layer in theirs if works_at(run_id) else layers:
+        for layer in shown:
             told.add(layer.key)
             report.stage(layer.key, *_whereabouts(app, layer))
-        if theirs or not works_at(run_id):
-            told.add(run_id)
         await trio.sleep(WATCH_S)
 
 

@@ -83,9 +83,13 @@ class Engine:
         """Give the time by the wall clock, for people and for persisted dates."""
         return int(self._clock() * 1000)
 
-    def works_at(self, run_id: str) -> bool:
-        """Say whether a run is at work in this very engine."""
-        return any(active.row.id == run_id for active in self._active.values())
+    def owned_elsewhere(self, run: RunRecord) -> bool:
+        """Say whether another engine, of this process or another, works at a run.
+
+        The lock is asked, which is held from before a run is to be seen until after its end is: so a run of this engine
+        is never taken for another's, be it not yet begun or just ended. Nobody owns the run of a process that died.
+        """
+        return run.active and self._ownership.is_held_elsewhere(run.seq)
 
     # -- starting
 

@@ -50,6 +50,10 @@ class Ownership:
         """Say whether this engine owns the run."""
         return seq in self._held
 
+    def is_held_elsewhere(self, seq: int) -> bool:
+        """Say whether another engine owns the run: what this one holds is no conflict to the kernel."""
+        return _is_locked(self._fd, seq)
+
     def take(self, seq: int) -> bool:
         """Try to become the owner; False if anybody is, this engine included."""
         if seq in self._held or not self._lock(fcntl.F_WRLCK, seq):
@@ -78,7 +82,7 @@ class Ownership:
 
 
 def is_owned(path: str, seq: int) -> bool:
-    """Say whether any process works at a run; nothing is taken and nothing written. Source: fcntl(2), F_OFD_GETLK."""
+    """Say whether any process works at a run; nothing is taken and nothing written."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -86,7 +90,12 @@ def is_owned(path: str, seq: int) -> bool:
     except OSError as error:
         raise StateError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, seq, 1, 0)
-        return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+        return _is_locked(descriptor, seq)
     finally:
         os.close(descriptor)
+
+
+def _is_locked(descriptor: int, seq: int) -> bool:
+    """Say whether another open file description holds the lock of a run. Source: fcntl(2), F_OFD_GETLK."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, seq, 1, 0)
+    return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)

@@ -143,6 +143,8 @@ MUTANTS: Final = (
     Mutant("an index is missing", "schema.py", "CREATE INDEX run_machine ON run (machine, seq);\n", "", "query_uses_an_index"),
     Mutant("another index is missing", "schema.py", "CREATE INDEX run_active ON run (seq) WHERE outcome IS NULL;\n", "", "query_uses_an_index"),
     Mutant("prune takes too much", "ledger.py", "SELECT seq FROM run WHERE outcome IS NOT NULL AND updated_ms < ?", "SELECT seq FROM run WHERE ? > 0", "prune_forgets"),
+    Mutant("a run that is not at work here is another's", "engine.py", "return run.active and self._ownership.is_held_elsewhere(run.seq)", "return run.active and run.seq not in self._active", "told_from_another"),
+    Mutant("a dead engine's run is another's", "engine.py", "return run.active and self._ownership.is_held_elsewhere(run.seq)", "return run.active and not self._ownership.holds(run.seq)", "told_from_another"),
     Mutant("a commit wakes nobody here", "database.py", "        self.tell_moved()\n        self._point", "        self._point", "wakes_when_another"),
     Mutant("a commit elsewhere wakes nobody", "engine.py", "                    self.database.tell_moved()\n", "", "wakes_when_another"),
     Mutant("a duration counts the wait in the queue", "runner.py", "            run = await self._view()\n            began = trio.current_time()", "            run = await self._view()\n            began = entered", "duration_is_of", more=(("    async def _attempt(self, step: Step[Any]) -> None:\n", "    async def _attempt(self, step: Step[Any]) -> None:\n        entered = trio.current_time()\n"),)),

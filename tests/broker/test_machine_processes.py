@@ -5,7 +5,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from broker.machine import Abort, Engine, Machine, Outcome, Run, open_engine, problems
+from broker.machine import Abort, Engine, Hooks, Machine, Outcome, Run, open_engine, problems
 from tests.broker.machine_crash import in_child
 from tests.broker.machine_toys import TABLES, Ask, Toy, effect, engine_of, gated, nothing, one_step, three_steps
 
@@ -48,6 +48,32 @@ async def test_another_engine_joins_and_waits(path: Path, autojump_clock: Any) -
             first.gate("k").set()
         assert outcomes[0].ok
     assert second.calls == []
+
+
+@pytest.mark.capability("whether another process works at a run can be asked")
+async def test_a_run_is_told_from_another_engines(path: Path, autojump_clock: Any) -> None:
+    machine, toy = one_step(gated), Toy()
+    heard: list[tuple[str, bool]] = []
+
+    def point(name: str) -> None:  # also between a commit and all that the engine does about it
+        heard.extend((name, two.owned_elsewhere(run)) for run in two.runs())
+
+    async with engine_of(path, machine, grace_s=0) as one, AsyncExitStack() as stack:
+        options: dict[str, Any] = {"queues": {"q": 1}, "app": toy, "hooks": Hooks(point=point), "resume": "none"}
+        two = await stack.enter_async_context(engine_of(path, machine, **options))
+        first = await two.start(machine, "first", Ask(), queue="q")
+        queued = await two.start(machine, "queued", Ask(), queue="q")
+        before = two.lookup.run(queued.id)
+        toy.gate("first").set()
+        toy.gate("queued").set()
+        assert (await two.wait(first.id)).ok and (await two.wait(queued.id)).ok
+        assert before.active and not two.owned_elsewhere(before)  # it ended between the look and the question
+        assert len(heard) > 6 and not any(elsewhere for _, elsewhere in heard)
+        heard.clear()
+        theirs = two.lookup.run((await one.start(machine, "theirs", Ask())).id)
+        assert two.owned_elsewhere(theirs) and not one.owned_elsewhere(theirs)
+        await one.shutdown(grace_s=0)
+        assert not two.owned_elsewhere(theirs)  # nobody's now
 
 
 @pytest.mark.capability("who waits takes a run over when its owner stops or dies")
