@@ -274,13 +274,10 @@ class Answers:
             if files.digest(file) != layer:
                 raise AnswerError("fault", "the kept manifest is not that of this layer")
 
-            def admit(status: PoolStatus) -> None:
-                self._sealed(layer)
-
             def work(root: int, tell: populate.Tell) -> tuple[int, int]:
                 return populate.run(verify.Reader(root, self._settings, tell), file)
 
-            dev = self._devices.create("scratch", layer, self._uid, row["dev"], admit)
+            dev = self._devices.create("scratch", layer, self._uid, row["dev"], lambda status: self._sealed(layer))
             with self._devices.making(dev):
                 with files.closing(self._store.mount_read_only(dev)) as mount:
                     self._watch(sandbox.start(self._policy, "verify", mount, (file,), work))

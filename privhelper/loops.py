@@ -32,7 +32,7 @@ _ACL: Final = "system.posix_acl_access"  # linux/posix_acl_xattr.h: version 2, t
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NOBODY = 0x01, 0x02, 0x04, 0x10, 0x20, 0xFFFFFFFF
 _CONFIG_BYTES: Final = 304  # struct loop_config: fd, block size, struct loop_info64, 64 bytes reserved
 _FLAGS_AT: Final = 60  # lo_flags, 52 bytes into struct loop_info64
-_DISCARD_S: Final = 0.2
+_DISCARD_S: Final = 1.0
 _VANISHED: Final = (errno.ENXIO, errno.ENODEV, errno.ENOENT)  # not bound; being removed; removed
 
 
@@ -131,15 +131,15 @@ def detach(path: str, wait_s: float) -> None:
     discard(path)
 
 
-def discard(path: str) -> None:
+def discard(path: str, wait_s: float = _DISCARD_S) -> None:
     """Remove an unbound device. One that its former owner keeps open stays, marked, and is not used again."""
-    deadline = time.monotonic() + _DISCARD_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             _control(_REMOVE, int(path.removeprefix("/dev/loop")))
         except OSError as error:
             if error.errno == errno.EBUSY and time.monotonic() < deadline:
-                time.sleep(0.005)  # udev looks at it
+                time.sleep(0.005)  # the last closer is not done yet, or udev looks at it
                 continue
             if error.errno not in (errno.EBUSY, errno.ENODEV):
                 raise

@@ -112,13 +112,14 @@ class ReflinkStore:
                 self._detach(node.path)
 
     def active(self) -> dict[int, str]:
-        """Return each device that has a loop device to give, and its path; an empty one where it is not bound."""
+        """Return each device that has loop devices, and the path of the one to give; empty where that is not bound."""
         found: dict[int, str] = {}
         for node in loops.nodes():
             use, _, name = node.mark.partition(" ")
             folder, image = os.path.split(name)
-            if use == _GIVEN and folder == self._mount_point and _IMAGE.fullmatch(image):
-                found[int(image[:-4])] = node.path if node.is_ours else found.get(int(image[:-4]), "")
+            if folder == self._mount_point and _IMAGE.fullmatch(image):
+                path = node.path if node.is_ours and use == _GIVEN else ""
+                found[int(image[:-4])] = path or found.get(int(image[:-4]), "")
         return found
 
     def _nodes(self, dev: int, use: str) -> Iterator[loops.Node]:

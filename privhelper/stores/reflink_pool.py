@@ -8,7 +8,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from privhelper import files, kernel, loops
@@ -70,7 +70,8 @@ class ReflinkPool:
         except OSError as error:
             raise StoreError("busy" if error.errno == errno.EBUSY else "fault", str(error)) from error
         for path in below:
-            loops.discard(path)
+            with suppress(OSError):  # EBUSY: it goes with its last opener, and the next to detach finds its mark
+                loops.detach(path, self._settings["wait_s"])
 
     def grow(self, options: Mapping[str, Any]) -> None:
         """Growing the file system in service takes xfs_growfs; detach, lengthen, attach does the same."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -51,10 +52,10 @@ def clone_base(installation: Installation, number: int) -> str:
     return str(pool / f"{number}.img")
 
 
-def bind(image: str) -> None:
+def bind(image: str, use: str = "given") -> None:
     """Put an image behind a loop device, as a helper does that is killed right after."""
     with open(image, "r+b") as file:
-        os.close(loops.attach(file.fileno(), f"given {image}", read_only=False, autoclear=False)[0])
+        os.close(loops.attach(file.fileno(), f"{use} {image}", read_only=False, autoclear=False)[0])
 
 
 def test_nothing_to_do(installation: Installation, sealed: str) -> None:
@@ -71,9 +72,10 @@ def test_image_without_a_row(installation: Installation, sealed: str) -> None:
     assert stray not in installation.images()
 
 
-def test_loop_device_without_a_row(installation: Installation, sealed: str) -> None:
+@pytest.mark.parametrize("use", ["given", "mounted"])
+def test_loop_device_without_a_row(installation: Installation, sealed: str, use: str) -> None:
     stray = unknown(installation)
-    bind(clone_base(installation, stray))
+    bind(clone_base(installation, stray), use)
     assert reconcile(installation) == [
         f"deactivated device {stray}, which nobody was given",
         f"deleted device {stray} or its manifest, which the ledger does not know",
@@ -119,6 +121,7 @@ def test_pool_that_is_not_ready_refuses_with_its_own_code(
 def test_absent_pool_is_left_alone(installation: Installation, sealed: str) -> None:
     """An empty mount point looks like a pool that lost everything; believing it would forget every layer."""
     installation.run("pool", "detach")
+    assert [node for node in loops.nodes() if node.mark == f"pool {installation.state}/pool.xfs"] == []
     assert reconcile(installation) == []
     installation.run("pool", "attach")
     assert reconcile(installation) == []
@@ -262,8 +265,8 @@ def test_detaching_waits_until_nobody_looks(installation: Installation, sealed: 
     known = devices.Devices(policy.load(str(installation.config)))
     command = helper_command(installation.config, "pool", "detach")
     with known.ledger.pool_lock(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as detaching:
-        trace = Path(f"/proc/{detaching.pid}/syscall")
-        while detaching.poll() is None and not trace.read_text().startswith("72 "):  # fcntl, waiting for the lock
+        waiting = re.compile(rf"-> OFDLCK .*:{(installation.state / 'locks').stat().st_ino} ")
+        while detaching.poll() is None and not waiting.search(Path("/proc/locks").read_text()):
             os.sched_yield()
         assert known.store.devices() == installation.images()
         known.ledger.unlock(0)
