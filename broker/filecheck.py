@@ -1,7 +1,7 @@
 """`imgpull check`: files as the layers of one image, read at the same time, without S3, root or store.
 
-Rule 1: a process a layer; they read at once, one more than there are processors, for each waits with what it has read
-until the layers below it are accepted, one by one: only then are their manifests whole.
+Rule 1: a process a layer; they read at once, more of them than there are processors, for each waits with what it has
+read until the layers below it are accepted, one by one: only then are their manifests whole.
 Rule 2: the lowest layer that is refused is told, whichever was met first; what stands on it is not waited for.
 Rule 3: the first checkers are started before anything is loaded that only waits for them (broker/filewait.py, trio).
 """
@@ -100,7 +100,7 @@ def check(files: list[str], *, with_tree: bool, all_violations: bool) -> list[pr
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a few descriptors a layer, of which there may be many
-    at_once = 1 + (os.cpu_count() or 1)
+    at_once = 1 + 2 * (os.cpu_count() or 1)
     with ExitStack() as stack:
         layers = _layers(stack, files, with_tree, all_violations)
         for layer in layers[:at_once]:

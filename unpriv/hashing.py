@@ -17,9 +17,9 @@ from typing import Any, Final
 
 from unpriv.reader import Job
 
-CHUNK_BYTES: Final = 1 << 20
+CHUNK_BYTES: Final = 256 << 10  # larger ones fall out of the processor's cache before they are hashed
 _BUFFERS: Final = 6
-SMALL_BYTES: Final = 8 << 10
+SMALL_BYTES: Final = 64 << 10
 _STACK_BYTES: Final = 256 << 10
 
 Keep = Callable[[int, bytes], None]

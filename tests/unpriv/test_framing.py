@@ -284,7 +284,7 @@ def test_a_size_beyond_eight_gib_may_stand_in_pax_alone() -> None:
 
 
 def test_chunks_may_end_anywhere_between_blocks() -> None:
-    """Headers, extensions and data across the boundary of the 1 MiB chunks come out the same; so does libarchive."""
+    """Headers, extensions and data across the boundary of chunks come out the same; so does libarchive."""
     long = b"/".join([b"d" * 200] * 8)
     for shift in range(-6, 3):
         fill = member(b"fill", bytes((1 << 20) + shift * BLOCK - BLOCK))
