@@ -57,7 +57,7 @@ def child(
     if pid:
         return pid
     try:
-        signal.alarm(60)  # a run that hangs dies as SIGALRM and fails its test
+        signal.alarm(300)  # a run that hangs dies as SIGALRM and fails its test
         if point is not None:
             work.HOOKS = Hooks(point=point)
         if not programs:
