@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from boto3.s3.transfer import TransferConfig
 
-from tests.bench import ours, rivals, shapes
+from tests.bench import harness, ours, rivals, shapes
 from tests.bench import ready as among_runs
 from tests.bench.harness import Case, Group, just, run
 from tests.servers import swift
@@ -26,6 +26,7 @@ from tests.support.helper import Helper, running_helper
 
 BUCKET: Final = "bench"
 POOL_BYTES: Final = 48 << 30  # sparse; what is in use is removed after each case
+COPIES: Final = 20  # of a layer so small that its start would hide what it costs
 PARTS: Final = TransferConfig(multipart_chunksize=64 << 20, multipart_threshold=1 << 30)
 
 
@@ -62,6 +63,7 @@ class Bench:
     running: Helper
     environment: dict[str, str]
     s3: Any
+    stack: contextlib.ExitStack  # what a group keeps running until the end
     uploaded: dict[str, list[str]] = field(default_factory=dict)
 
     def image(self, name: str, layers: list[Path]) -> str:
@@ -107,7 +109,9 @@ def prepared(sizes: Sizes, folder: Path) -> Iterator[Bench]:
         server = stack.enter_context(swift.running(folder / "swift"))
         s3 = server.client()
         s3.create_bucket(Bucket=BUCKET)
-        yield Bench(sizes, folder, running, server.environment(), s3)
+        harness.ELSEWHERE.append(partial(ours.helper_cpu_s, running))
+        stack.callback(harness.ELSEWHERE.clear)
+        yield Bench(sizes, folder, running, server.environment(), s3, stack)
         ours.release(running)
 
 
@@ -152,6 +156,9 @@ def pulling(bench: Bench) -> list[Group]:
         if suffix == ".tar.gz" and rivals.there_is("umoci"):
             umoci = partial(rivals.umoci, layers, bench.folder)
             group.cases.append(Case("umoci unpack, sync (nothing downloaded)", umoci))
+        if suffix == ".tar.gz" and all(map(rivals.there_is, ("podman", "skopeo", "docker-registry"))):
+            name = bench.stack.enter_context(rivals.registry(layers, bench.folder))
+            group.cases.append(Case("podman pull from a registry, sync", partial(rivals.podman, name, bench.folder)))
         groups.append(group)
     return groups
 
@@ -180,13 +187,17 @@ def ready(bench: Bench) -> list[Group]:
         Case("imgpull pull", lambda: ours.pull(ref, bench.environment, bench.running, first=ref)),
     ]
     devices = [
-        Case("twenty greetings", lambda: ours.activations(ref, bench.environment, bench.running, real=False)),
-        Case("and an activation each", lambda: ours.activations(ref, bench.environment, bench.running, real=True)),
+        Case(title, partial(ours.activations, ref, bench.environment, bench.running, doing))
+        for title, doing in (
+            ("twenty greetings", ()),
+            ("and an activation each", ("activate",)),
+            ("and its end each, of twenty devices that are given out", ("deactivate",)),
+        )
     ]
     return [
         Group("ready image", again, goal="0.15 s of CPU"),
         among_runs.group(),
-        Group("helper connections", devices, goal="20 activations in 1 s more"),
+        Group("helper connections", devices, goal="20 activations in 1 s more than the greetings"),
     ]
 
 
@@ -206,28 +217,39 @@ def hurting(bench: Bench) -> list[Group]:
 
 
 def growing(bench: Bench) -> list[Group]:
+    """Small amounts are done again and again, on layers of other bytes, so that what is measured outweighs a start."""
     groups = []
-    (bench.folder / "nothing").mkdir()
-    nothing = bench.folder / "nothing/1.tar"
-    nothing.write_bytes(bytes(1024))
-    empty = _manifests(bench, "nothing", [nothing])
-    for what, make, amounts in (
-        ("entry", shapes.small_files, bench.sizes.entries),
-        ("byte", shapes.large_file, bench.sizes.sizes),
+    nothing = shapes.layers_of(shapes.shape("next-to-nothing", shapes.next_to_nothing, COPIES))
+    empty = [_manifests(bench, f"nothing-{n}", [tar])[0] for n, tar in enumerate(nothing)]
+    for what, make, amounts, enough in (
+        ("entry", shapes.small_layers, bench.sizes.entries, 20_000),
+        ("byte", shapes.large_layers, bench.sizes.sizes, 200 << 20),
     ):
-        checks, commits = [], []
+        checks, commits, floors = [], [], []
         for amount in amounts:
-            (tar,) = shapes.layers_of(shapes.shape(make.__name__.replace("_", "-"), make, amount))
-            manifests = _manifests(bench, f"{what}-{amount}", [tar])
+            copies = min(COPIES, -(-enough // amount))
+            tars = shapes.layers_of(shapes.shape(f"{copies}-of-{make.__name__}", partial(make, copies), amount))
+            manifests = [_manifests(bench, f"{what}-{amount}-{n}", [tar])[0] for n, tar in enumerate(tars)]
             shown = f"{amount:,} entries" if what == "entry" else f"{amount >> 20:,} MiB"
-            checks.append(Case(shown, partial(just, partial(ours.check, [tar])), amount))
-            commits.append(Case(shown, partial(ours.commits, [tar], manifests, bench.running), amount))
-        goal = "each 0.9 to 1.1 x of the largest, the cost of an empty layer apart"
-        idle = Case("nothing", partial(just, partial(ours.check, [nothing])))
-        groups.append(Group(f"check, cost of one {what}", checks, goal=goal, per=what, idle=idle, rounds=3))
-        idle = Case("nothing", partial(ours.commits, [nothing], empty, bench.running))
-        groups.append(Group(f"commit, cost of one {what}", commits, goal=goal, per=what, idle=idle, rounds=3))
+            shown += f", {copies} times" if copies > 1 else ""
+            units, each = amount * copies, partial(_check_each, tars)
+            checks.append(Case(shown, partial(just, each), units, copies))
+            commits.append(Case(shown, partial(ours.commits, tars, manifests, bench.running), units, copies))
+            floors.append(Case(shown, partial(rivals.untar, tars, bench.folder), units))
+        goal = "each 0.9 to 1.1 x of the largest, of processor time; the cost of an empty layer apart"
+        none = Case("nothing", partial(just, partial(_check_each, nothing)), starts=COPIES)
+        idle = Case("nothing", partial(ours.commits, nothing, empty, bench.running), starts=COPIES)
+        groups += [
+            Group(f"check, cost of one {what}", checks, goal, what, none, 3, by_cpu=True),
+            Group(f"commit, cost of one {what}", commits, goal, what, idle, 3, by_cpu=True),
+            Group(f"GNU tar -xpf, sync, cost of one {what}, by the clock", floors, "", what, rounds=3),
+        ]
     return groups
+
+
+def _check_each(tars: list[Path]) -> None:
+    for tar in tars:
+        ours.check([tar])
 
 
 def crowding(bench: Bench) -> list[Group]:

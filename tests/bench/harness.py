@@ -29,11 +29,12 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class Case:
-    """One way of doing the work. ``prepare`` yields the function that is timed; ``units`` is how much it does."""
+    """One way of doing the work. ``prepare`` yields the function that is timed; ``units`` is how much work it is."""
 
     name: str
     prepare: Prepare
     units: float = 0
+    starts: int = 1  # how often it does what ``idle`` of its group does once
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)  # bytes of memory of each of our programs
@@ -44,7 +45,8 @@ class Group:
     """Cases that do the same work; the first is what the others are compared with.
 
     ``per`` names the units of the cases where they differ: then the ratio is of the costs of one unit, and ``idle``, if
-    there is one, does the same work on nothing: what it takes is not part of the costs.
+    there is one, does the same work on nothing: what it takes is not part of the costs. ``by_cpu``: the ratios are of
+    processor time, where a disk that slows down under gigabytes would hide how the program grows.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Group:
     per: str = ""
     idle: Case | None = None
     rounds: int = 0  # at most; 0 for as many as asked for
+    by_cpu: bool = False
 
     def run(self, rounds: int) -> None:
         """Run every case once a round."""
@@ -68,12 +71,12 @@ class Group:
     def rows(self) -> list[Row]:
         """Return a row a case: medians, and the ratio to the first case of the same round."""
         base = self.cases[-1] if self.idle else self.cases[0]  # the largest one says most surely what a unit costs
-        spent = self.idle.wall_s if self.idle else [0.0] * len(base.wall_s)
+        theirs = self._work_s(base)
         rows = []
         for case in self.cases:
             share = base.units / case.units if self.per else 1.0
-            rounds = zip(case.wall_s, base.wall_s, spent, strict=True)
-            ratios = [(mine - start) / (theirs - start) * share for mine, theirs, start in rounds]
+            work = self._work_s(case)
+            ratios = [mine / other * share for mine, other in zip(work, theirs, strict=True)]
             row: Row = {
                 "group": self.title,
                 "case": case.name,
@@ -85,18 +88,31 @@ class Group:
                 "rounds": len(ratios),
             }
             if self.per:
-                costs = [(mine - start) / case.units for mine, start in zip(case.wall_s, spent, strict=True)]
-                row["cost_us"] = round(statistics.median(costs) * 1e6, 6)
+                row["cost_us"] = round(statistics.median(work) / case.units * 1e6, 6)
             if case.peaks:
                 row["peak_mib"] = {name: round(peak / (1 << 20), 1) for name, peak in sorted(case.peaks.items())}
             rows.append(row)
         return rows
 
+    def _work_s(self, case: Case) -> list[float]:
+        """Return what each round of a case took, without what it takes on nothing."""
+        taken = case.cpu_s if self.by_cpu else case.wall_s
+        if self.idle is None:
+            return taken
+        idle = self.idle.cpu_s if self.by_cpu else self.idle.wall_s
+        share = case.starts / self.idle.starts
+        return [mine - share * nothing for mine, nothing in zip(taken, idle, strict=True)]
+
+
+ELSEWHERE: list[
+    Callable[[], float]
+] = []  # each tells the CPU time so far of programs that are not below us: the helper
+
 
 def _cpu_s() -> float:
-    """Return the CPU time of our children so far: everything that is measured runs in a process of its own."""
+    """Return the CPU time of our children so far, and of the helper: what is measured runs in processes of its own."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return used.ru_utime + used.ru_stime + sum(tell() for tell in ELSEWHERE)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from tests.bench.harness import run
 from tests.support.helper import Helper
 
 CLI: Final = (sys.executable, "-m", "broker.cli")
+HELPER_ENDS_S: Final = 5.0
 
 
 def check(layers: list[Path], keep: Path | None = None) -> list[Path]:
@@ -69,6 +71,18 @@ def commits(tars: list[Path], manifests: list[Path], running: Helper) -> Iterato
 
     yield lambda: trio.run(commit_all)
     release(running)
+
+
+def helper_cpu_s(running: Helper) -> float:
+    """Return the CPU time so far of all helper processes, once the last of them has ended.
+
+    proc(5), stat: cutime and cstime of the listener, which has waited for them.
+    """
+    until = time.monotonic() + HELPER_ENDS_S
+    while running.processes() and time.monotonic() < until:
+        time.sleep(0.005)
+    words = Path(f"/proc/{running.listener_pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(words[13]) + int(words[14])) / os.sysconf("SC_CLK_TCK")
 
 
 def release(running: Helper) -> None:
@@ -135,20 +149,28 @@ def pulls(
 
 
 @contextlib.contextmanager
-def activations(ref: str, environment: dict[str, str], running: Helper, *, real: bool) -> Iterator[Callable[[], None]]:
-    """Yield twenty helper connections, each with an activation and its end, or with a greeting alone."""
+def activations(
+    ref: str, environment: dict[str, str], running: Helper, doing: tuple[str, ...]
+) -> Iterator[Callable[[], None]]:
+    """Yield twenty helper connections, each of which is greeted and does nothing, ``activate``, or also ``deactivate``.
+
+    Devices that are to be taken back only are there before; those that are left go afterwards.
+    """
     with home(environment, running) as chosen:
         done = json.loads(run([*CLI, "pull", "--json", "--no-activate", ref], env=chosen).splitlines()[-1])
         layer = done["layers"][-1] if isinstance(done.get("layers"), list) else done["top"]
 
-        async def twenty() -> None:
+        async def twenty(doing: tuple[str, ...]) -> None:
             for number in range(20):
                 async with client.connect(str(running.socket)) as root:
-                    if real:
+                    if "activate" in doing:
                         await root.activate(layer, f"bench-{number}", "rw", 0)
+                    if "deactivate" in doing:
                         await root.deactivate(f"bench-{number}")
 
-        yield lambda: trio.run(twenty)
+        if doing == ("deactivate",):
+            trio.run(twenty, ("activate",))
+        yield lambda: trio.run(twenty, doing)
 
 
 def _ignore(_: object) -> None:

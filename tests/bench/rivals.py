@@ -11,8 +11,10 @@ import gzip
 import hashlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -144,6 +146,70 @@ def _write_layout(layers: list[Path], layout: Path) -> None:
     manifest["annotations"] = {"org.opencontainers.image.ref.name": "bench"}
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [manifest]}))
     (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+# ---------------------------------------------------------------- podman, from a registry of the machine's own
+
+REGISTRY: Final = """version: 0.1
+storage: {{filesystem: {{rootdirectory: {folder}}}}}
+http: {{addr: {address}}}
+log: {{level: error, accesslog: {{disabled: true}}}}
+"""
+REGISTRY_STARTS_S: Final = 20.0
+
+
+@contextlib.contextmanager
+def registry(layers: list[Path], folder: Path) -> Iterator[str]:
+    """Serve an image of the layers, compressed by gzip, from docker-registry; yield its name."""
+    layout, stored, config = folder / "oci-pushed", folder / "registry", folder / "registry.yml"
+    _write_layout(layers, layout)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config.write_text(REGISTRY.format(folder=stored, address=address))
+    server = subprocess.Popen(
+        ["docker-registry", "serve", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _await_port(address)
+        name = f"{address}/bench:latest"
+        push = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
+        run([*push, f"oci:{layout}:bench", f"docker://{name}"])
+        yield name
+    finally:
+        server.terminate()
+        server.wait()
+        for path in (layout, stored):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _await_port(address: str) -> None:
+    host, _, port = address.partition(":")
+    until = time.monotonic() + REGISTRY_STARTS_S
+    while True:
+        try:
+            socket.create_connection((host, int(port))).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def podman(name: str, folder: Path) -> Iterator[Callable[[], None]]:
+    """Yield `podman pull` of an image of that registry into an empty store (overlay), synced."""
+    with fresh_filesystem(folder) as mount:
+        store: list[str | Path] = ["--root", mount / "root", "--runroot", mount / "run", "--storage-driver", "overlay"]
+
+        def work() -> None:
+            run(["podman", *store, "pull", "--quiet", "--tls-verify=false", name])
+            run(["sync", "-f", mount])
+
+        try:
+            yield work
+        finally:  # it mounts its own folder on itself
+            subprocess.run(["umount", mount / "root/overlay"], capture_output=True, check=False)
 
 
 def there_is(tool: str) -> bool:

@@ -33,6 +33,25 @@ def large_file(folder: Path, total_bytes: int) -> None:
     write_large_files(folder / "1.tar", total_bytes, files=1)
 
 
+def small_layers(layers: int, folder: Path, files: int) -> None:
+    """Layers of as many small files each, every one of other bytes."""
+    for number in range(1, layers + 1):
+        write_small_files(folder / f"{number}.tar", files, seed=number)
+
+
+def large_layers(layers: int, folder: Path, total_bytes: int) -> None:
+    """Layers of one file each, every one of other bytes."""
+    for number in range(1, layers + 1):
+        write_large_files(folder / f"{number}.tar", total_bytes, files=1, seed=number)
+
+
+def next_to_nothing(folder: Path, layers: int) -> None:
+    """Layers of one directory each: what a layer costs before it has anything in it."""
+    for number in range(1, layers + 1):
+        with tarfile.open(folder / f"{number}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
+            _add(out, f"{number:05d}", tarfile.DIRTYPE)
+
+
 def many_layers(folder: Path, layers: int) -> None:
     """Layers of fifty small files each."""
     for number in range(1, layers + 1):

@@ -42,6 +42,18 @@ def test_what_an_empty_layer_takes_is_no_part_of_the_cost() -> None:
     assert second["cost_us"] == 20_000.0
 
 
+def test_small_amounts_are_done_often_and_pay_for_each_start() -> None:
+    grown = group(per="entry")
+    grown.idle = Case("nothing", lambda: just(int), starts=10)
+    grown.idle.wall_s, grown.idle.cpu_s = [5.0, 5.0, 5.0], [1.0, 1.0, 1.0]
+    grown.cases[0].starts = 4
+    assert [row["ratio"] for row in grown.rows()] == [0.286, 1.0]  # the median of 0, 0.29 and 2
+    grown.by_cpu = True
+    first, second = grown.rows()
+    assert (first["ratio"], second["ratio"]) == (0.75, 1.0)  # 0.6 s for a hundred beside 0.4 s for fifty
+    assert (first["cost_us"], second["cost_us"]) == (6_000.0, 8_000.0)
+
+
 def test_every_case_runs_once_a_round_in_turn() -> None:
     order: list[str] = []
     cases = [Case(name, lambda name=name: just(lambda: order.append(name))) for name in "ab"]  # type: ignore[misc]
