@@ -138,12 +138,12 @@ def _run(policy: Policy, role: str, mount: int, inputs: Sequence[int], tell: int
     os.write(tell, b"up\n")
     if os.read(wait, 1) != b"!":
         os._exit(70)
-    root = _lock(policy, role, mount, inputs, tell)
 
     def progress(entries: int, content_bytes: int) -> None:
         os.write(tell, b"progress %d %d\n" % (entries, content_bytes))
 
     try:
+        root = _lock(policy, role, mount, inputs, tell)
         os.write(tell, b"done %d %d\n" % work(root, progress))
     except manifest.RejectedError as error:
         os.write(tell, _line("rejected", error.rule, error.entry, str(error)))

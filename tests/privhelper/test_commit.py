@@ -403,6 +403,14 @@ def test_killed_helper_leaves_nothing_after_the_next_start(installation: Install
     os.close(data)
 
 
+def test_kernel_without_landlock_gets_no_layer(installation: Installation, layer: Layer, tmp_path: Path) -> None:
+    prefix = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=landlock_create_ruleset:error=EOPNOTSUPP")
+    with installation.connect(prefix=prefix) as helper:
+        reply = helper.commit(layer.manifest(), layer.write_payload(tmp_path))
+        assert (reply["code"], "landlock_create_ruleset" in reply["message"]) == ("fault", True)
+        assert helper.ask("stat", layer=layer.id())["state"] == "absent"
+
+
 def test_what_a_crash_left_waits_for_the_pool(installation: Installation, layer: Layer, tmp_path: Path) -> None:
     """An absent pool looks like one in which the device is deleted already; forgetting its row would leak it."""
     payload = layer.write_payload(tmp_path)

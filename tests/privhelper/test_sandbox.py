@@ -4,10 +4,11 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from privhelper import policy, sandbox
+from privhelper import kernel, policy, sandbox
 from privhelper.sandbox import Child, Report
 from tests.support import descriptors
 
@@ -94,6 +95,28 @@ def test_child_does_not_outlive_a_wait_that_fails(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ProcessLookupError):
         os.kill(found.pid, 0)
     assert descriptors.held() == before
+
+
+def test_landlock_leaves_nothing_but_what_is_beneath(tmp_path: Path) -> None:
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    root = os.open(tmp_path / "mine", os.O_RDONLY | os.O_DIRECTORY)
+
+    def act(tell: int) -> None:
+        kernel.set_no_new_privs()
+        kernel.restrict_beneath(root, policy.load(None).authority["populate"]["landlock"])
+        for name in ("mine", "theirs"):
+            try:
+                os.close(os.open(tmp_path / name / "file", os.O_RDONLY))
+                os.write(tell, b"progress 1 0\n")
+            except PermissionError:
+                os.write(tell, b"progress 0 1\n")
+
+    found = child(act)
+    assert [report[:3] for report in all_reports(found)] == [("progress", 1, 0), ("progress", 0, 1)]
+    assert found.end(kill=False) == ""
+    os.close(root)
 
 
 def test_child_that_dies_tells_how() -> None:
