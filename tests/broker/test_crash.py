@@ -168,7 +168,9 @@ def _is(found: object, wanted: object) -> None:
 def print_count(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     counts = Counter(name.split(" ")[0] for name in killed)
-    print(f"\nkilled at {len(killed)} points: {', '.join(f'{what} {count}' for what, count in sorted(counts.items()))}")
+    told = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nkilled at {len(killed)} points: {told}")
     chosen = {item.name.split("[")[0] for item in request.session.items if item.path == request.path}
     if {name for name in globals() if name.startswith("test_")} <= chosen:  # the whole module was asked for
         assert len(killed) >= 200
