@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import sqlite3
-import tomllib
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -57,7 +56,6 @@ class App:
         self.report = BoardReporter(report, self.board)
         self.limits = store.limits_digest(POLICY_DIR, SYSTEM_DIR)
         self.checkers = trio.CapacityLimiter(CHECKERS)
-        self.check_deadline_s = check_deadline_s()
         self.engine: Engine  # set when the state is open; the engine needs this object first
         self._nursery = nursery
         self._fetchers: dict[protocol.Endpoint, worker.Fetcher] = {}
@@ -165,12 +163,6 @@ async def running(settings: Settings, report: Reporter) -> AsyncGenerator[App, N
         finally:
             app.stop()
             app.board.close()
-
-
-def check_deadline_s() -> float:
-    """Return how long one check may take by the wall clock; the checker bounds its own CPU time by the same file."""
-    with (POLICY_DIR / "limits.toml").open("rb") as file:
-        return float(tomllib.load(file)["run"]["wall_clock_s"])
 
 
 @contextmanager

@@ -280,7 +280,6 @@ async def _check(run: Run[LayerRequest], digest: str, parent: str | None) -> pro
                 blob,
                 inherited,
                 lambda done: app.report.stage(asked.chain, "checking", done, asked.pin.size),
-                app.check_deadline_s,
             )
             if isinstance(verdict, protocol.Rejected):
                 raise rejected(asked.pin.key, verdict)
