@@ -81,6 +81,13 @@ def keep(figures: Row, name: str, picture: str) -> None:
     (HISTORY / f"{name}.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
+def beside(figures: Row, earlier: Row) -> Row:
+    """Return the figures with those of an earlier run's groups that this run has not measured."""
+    measured = {row["group"] for row in figures["rows"]}
+    rows = [row for row in earlier["rows"] if row["group"] not in measured] + figures["rows"]
+    return {**figures, "rows": rows, "goals": {**earlier["goals"], **figures["goals"]}}
+
+
 def ratios(figures: Row) -> dict[str, float]:
     """Return every ratio by its group and case."""
     return {f"{row['group']}: {row['case']}": row["ratio"] for row in figures["rows"]}

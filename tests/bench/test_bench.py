@@ -94,6 +94,14 @@ def test_drift_is_told_against_the_median_of_the_kept_runs(tmp_path: Path) -> No
     assert page.drift(figures, tmp_path / "none") == []
 
 
+def test_a_group_that_is_measured_again_takes_the_place_of_the_earlier_one() -> None:
+    earlier, now = result([group(), Group("other work", group().cases, goal="none")]), result([group(per="entry")])
+    both = page.beside(now, earlier)
+    assert [row["group"] for row in both["rows"]] == ["other work", "other work", "work", "work"]
+    assert both["rows"][2:] == now["rows"]
+    assert both["goals"] == {"work": "at most 1.0 x", "other work": "none"}
+
+
 def test_the_page_keeps_what_people_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "HERE", tmp_path)
     monkeypatch.setattr(page, "PAGE", tmp_path / "RESULTS.md")
