@@ -36,7 +36,8 @@ How a run can end (`Outcome.kind`): done, aborted, cancelled, handed_off, and qu
 version of the program cannot understand: an unknown machine, another definition, a damaged row.
 
 Several processes may open one state file. A run belongs to the process that holds its lock, and the kernel frees the
-lock when that process dies; whoever waits for the run then takes it over. Limits of queues are of a process.
+lock when that process dies; whoever waits for the run then takes it over. Limits of queues are of a process. A step
+that waits for what another run writes looks again whenever `Run.moved` is set.
 
 What is read without an engine: `open_lookup(path)`, which writes nothing at all.
 
