@@ -102,7 +102,7 @@ def test_fault_at_every_call_of_a_commit(installation: Installation, layer: Laye
     deadline = time.monotonic() + (1 << 30 if ALL else BUDGET_S)
     done = 0
     for point in chosen:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and done >= 10:
             break
         with Helper(installation.config, prefix=point.inject()) as helper:
             outcome = commit(helper, layer, payload)
@@ -128,7 +128,7 @@ def test_failed_sync_dooms_the_layer(installation: Installation, layer: Layer, t
         assert helper.ask("stat", layer=layer.id())["state"] == "absent"
 
 
-@pytest.mark.parametrize("call", ["mount_setattr", "clone", "write", "fsmount", "syncfs", "wait4", "unlink"])
+@pytest.mark.parametrize("call", ["mount_setattr", "clone", "write", "fsmount", "syncfs", "wait4"])
 def test_helper_killed_beside_its_child_leaves_no_child(
     installation: Installation, layer: Layer, tmp_path: Path, call: str
 ) -> None:

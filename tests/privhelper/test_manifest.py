@@ -55,15 +55,18 @@ class Ground:
         root = os.open(self.tree, os.O_RDONLY | os.O_DIRECTORY)
         file = memfd(data)
         umask = os.umask(0)
+        writer = populate.Writer(root, self.payload, len(PAYLOAD), SETTINGS, lambda *_: None)
+        reader = verify.Reader(root, SETTINGS, lambda *_: None)
         try:
-            writer = populate.Writer(root, self.payload, len(PAYLOAD), SETTINGS, lambda *_: None)
             populate.run(writer, file)
             if b'"op":"remove"' not in data:  # one that undoes itself does not verify
-                populate.run(verify.Reader(root, SETTINGS, lambda *_: None), file)
+                populate.run(reader, file)
         except RejectedError as error:
             return error
         finally:
             os.umask(umask)
+            for level in (*writer.levels[1:], *reader.levels[1:]):  # a child's end closes what a refusal leaves open
+                os.close(level.descriptor)
             os.close(root)
             os.close(file)
             assert {path.name for path in self.folder.iterdir()} == {"tree", "victim", "payload"}
