@@ -57,11 +57,19 @@ class Command(click.Command):
     context_class = Context
 
 
+class Commands(click.Group):
+    """Commands that share their first word."""
+
+    context_class = Context
+    command_class = Command
+
+
 class Program(click.Group):
     """The program: its commands by section, and wrong command lines told like every other error."""
 
     context_class = Context
     command_class = Command
+    group_class = Commands
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands, each with one line."""

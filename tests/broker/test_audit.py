@@ -11,6 +11,7 @@ from broker import audit, policy
 from broker.cli import imgpull
 from broker.settings import load
 from tests.support.helper import Helper
+from tests.support.output import check_output
 
 
 def test_every_attempt_ends_as_the_policy_says() -> None:
@@ -38,6 +39,7 @@ def test_door_of_the_real_helper(helper: Helper) -> None:
         ["policy", "audit", "--json"],
         env={"IMGPULL_HELPER_SOCKET": str(helper.socket), "HOME": "/nonexistent"},
     )
+    check_output(["policy", "audit", "--json"], result.stdout)
     first, *rows = [row for row in json.loads(result.stdout) if row["place"] == "helper"]
     # The helper of the tests has settings of its own, for a small pool: it must be told from the one that is shown.
     assert (first["attempt"], first["got"].split(" ")[0], first["ok"]) == ("policy_is_the_one_shown", "other", False)

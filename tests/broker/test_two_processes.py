@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.output import check_output
 from tests.support.world import World
 
 REF = "s3://bucket/images/one"
@@ -103,12 +104,15 @@ def test_second_pull_tells_the_bytes_of_the_first_as_json(fetching: World) -> No
     assert second.stdout is not None
     events: list[dict[str, Any]] = []
     while not (events and events[-1]["type"] == "progress"):
-        events.append(json.loads(second.stdout.readline()))
+        line = second.stdout.readline()
+        check_output(["pull", REF, "--json"], line)
+        events.append(json.loads(line))
     told = {name: events[-1][name] for name in ("layer", "stage", "done", "total")}
     assert told == {"layer": "one/1.tar", "stage": "fetching", "done": 500, "total": 1000}
     (fetching.folder / "slow-network").unlink()
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
+    check_output(["pull", REF, "--json"], out)
     assert json.loads(out.splitlines()[-1])["type"] == "result"
 
 

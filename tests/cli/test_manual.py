@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,10 @@ def test_security_page_says_what_security_md_says() -> None:
 def test_help_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A word that is wider than the room it has, such as a list of choices, is the only thing that may stick out."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    for command in (imgpull, *imgpull.commands.values()):
+    inner = [
+        c for group in imgpull.commands.values() if isinstance(group, click.Group) for c in group.commands.values()
+    ]
+    for command in (imgpull, *imgpull.commands.values(), *inner):
         with command.context_class(command, info_name="imgpull", max_content_width=100) as context:
             for line in command.get_help(context).splitlines():
                 assert len(line) <= columns or len(line.split()) <= 2, line
@@ -84,6 +88,38 @@ def test_completion_knows_commands_and_what_is_there(shell: str, world: World) -
     assert "no-room" in complete("explain", "no-")
 
 
-def test_completion_of_bash_is_a_script_that_bash_reads(world: World) -> None:
-    script = world.run("completion", "bash")[1]
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("show o", ["one"]), ("pu", ["pull"]), ("policy au", ["audit"]), ("pull --progress pl", ["plain"])],
+)
+def test_completion_in_a_real_bash(typed: str, expected: list[str], world: World) -> None:
+    """As bash does it when Tab is pressed: words, which of them, and the answer in COMPREPLY; see bash(1)."""
+    world.put("one", b"a")
+    world.run("pull", "s3://bucket/images/one")
+    program = world.folder / "imgpull"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m broker.cli "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    words = ["imgpull", *typed.split()]
+    script = (
+        f"{world.run('completion', 'bash')[1]}\n"
+        f"complete -p imgpull >/dev/null; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        "_imgpull_completion imgpull; printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    environment = {"PATH": f"{world.folder}:/usr/bin:/bin", **world.environ}
+    command = ["bash", "--norc", "-euc", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_its_shell_reads(shell: str, world: World) -> None:
+    """bash is always there; the others are asked where they are installed, else only their own words are looked for."""
+    script = world.run("completion", shell)[1]
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+    words = {
+        "bash": "complete -o nosort -F",
+        "zsh": "#compdef imgpull",
+        "fish": "complete --no-files --command imgpull",
+    }
+    assert words[shell] in script
