@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,7 +106,9 @@ class Bench:
 def prepared(sizes: Sizes, folder: Path) -> Iterator[Bench]:
     """Start the root helper and the S3 server for the whole run."""
     with contextlib.ExitStack() as stack:
-        running = stack.enter_context(running_helper(folder / "bench-helper", "root", pool_bytes=POOL_BYTES))
+        running = stack.enter_context(
+            running_helper(folder / f"bench-helper-{os.getpid()}", "root", pool_bytes=POOL_BYTES)
+        )
         server = stack.enter_context(swift.running(folder / "swift"))
         s3 = server.client()
         s3.create_bucket(Bucket=BUCKET)
