@@ -30,17 +30,37 @@ PYTHON: Final = "/usr/bin/python3"  # Debian's: one that a user built for himsel
 
 def installed_copy() -> Path:
     """Return the environment that holds this tree as a wheel; make it if it is not there."""
-    home = owned_folder(Path(f"/var/tmp/imgpull-installed-{os.geteuid()}"))
+    home = kept_home()
     with locked(home):
-        libraries = made(home / f"libraries-{_digest('constraints.txt', 'pyproject.toml')}", _install_libraries)
-        copy = made(home / f"copy-{_digest(*METADATA, *PACKAGES)}", lambda new: _install_wheel(libraries, new))
+        found = wheels(home)
+        libraries = made(home / f"libraries-{_recipe()}", lambda new: _install_libraries(found, new))
+        copy = made(home / f"copy-{digest(*METADATA, *PACKAGES)}", lambda new: _install_wheel(libraries, new))
         remove_old(home)
     return copy
 
 
-def _install_libraries(new: Path) -> None:
+def kept_home() -> Path:
+    """Return the folder in which copies, and what they are made of, are kept."""
+    return owned_folder(Path(f"/var/tmp/imgpull-installed-{os.geteuid()}"))
+
+
+def wheels(home: Path) -> Path:
+    """Return the folder with the libraries as wheels, which are fetched once; hold the lock of ``home``."""
+    return made(home / f"wheels-{_recipe()}", _fetch_libraries)
+
+
+def _recipe() -> str:
+    return digest("constraints.txt", "pyproject.toml")
+
+
+def _fetch_libraries(new: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    _pip("install", "--constraint", str(ROOT / "constraints.txt"), "--target", str(new), *project["dependencies"])
+    _pip("download", "--constraint", str(ROOT / "constraints.txt"), "--dest", str(new), *project["dependencies"])
+
+
+def _install_libraries(found: Path, new: Path) -> None:
+    files = map(str, found.glob("*.whl"))
+    _pip("install", "--no-index", "--no-deps", "--target", str(new), *files)
 
 
 def _install_wheel(libraries: Path, new: Path) -> None:
@@ -61,7 +81,7 @@ def _pip(*words: str) -> None:
     subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
 
 
-def _digest(*names: str) -> str:
+def digest(*names: str) -> str:
     """Return a name for the bytes of these files and folders of the tree, and of the recipe that is this file."""
     total = hashlib.sha256(Path(__file__).read_bytes())
     for path in sorted(path for name in names for path in _files(ROOT / name)):

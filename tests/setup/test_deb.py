@@ -1,9 +1,12 @@
 """The Debian package is of this version and carries what there is; `make deb` builds it, which takes a minute."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DEBIAN: Final = Path(__file__).resolve().parent / "debian"
@@ -40,8 +43,24 @@ def test_helper_is_where_the_units_start_it() -> None:
 
 
 def test_nothing_is_enabled_or_started_by_being_installed() -> None:
-    assert "dh_installsystemd --no-enable --no-start" in RULES
+    assert re.search(r"(?m)^override_dh_installsystemd:\n$", RULES), "its scripts would start them"
     assert "dh_installsystemduser --no-enable" in RULES
+    script = (DEBIAN / "imgpull.postinst").read_text(encoding="utf-8")
+    assert not re.search(r"(?m)^[^#]*\b(enable|start|restart|create)\b", script)
+
+
+@pytest.mark.parametrize("name", ["postinst", "prerm", "postrm"])
+def test_scripts_are_read_by_dash_and_take_what_debhelper_adds(name: str) -> None:
+    path = DEBIAN / f"imgpull.{name}"
+    subprocess.run(["dash", "-n", str(path)], check=True)
+    assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
+    assert "\nset -e\n" in path.read_text(encoding="utf-8") and "\n#DEBHELPER#\n" in path.read_text(encoding="utf-8")
+
+
+def test_units_that_are_shipped_are_those_that_the_scripts_stop() -> None:
+    script = (DEBIAN / "imgpull.prerm").read_text(encoding="utf-8")
+    for unit in (ROOT / "policy/systemd").glob("imgpull-*.s*"):
+        assert unit.name.replace("@.", "@*.") in script
 
 
 def test_packages_that_the_program_needs_are_dependencies() -> None:
