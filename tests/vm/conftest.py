@@ -5,16 +5,29 @@ A test that crashes or reboots the machine boots one of its own from the same ro
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.vm import rootfs as rootfs_builder
 from tests.vm.installed import Site, installed_machine, make_site, mount_site
-from tests.vm.machine import Disk, Machine, MachineError, blank, choose_accelerator, overlay, temporary_directory
+from tests.vm.machine import (
+    Disk,
+    Machine,
+    MachineError,
+    blank,
+    choose_accelerator,
+    make_file_system,
+    overlay,
+    temporary_directory,
+)
 from tests.vm.rootfs import Rootfs
 from tests.vm.source import bring_source
+from tests.vm.warm import call
+
+SCRATCH_DISKS: Final = {"scratch": 6 << 30, "meta": 64 << 20, "data": 2 << 30}
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +71,8 @@ def host(rootfs: Rootfs, accelerator: str, site: Site, scale: int) -> Iterator[M
 def booted_machine(rootfs: Rootfs, accelerator: str, site: Site | None = None) -> Iterator[Machine]:
     """Boot a machine; /scratch is an empty ext4, the disks ``meta`` and ``data`` are blank; imgpull may be there."""
     with temporary_directory() as directory:
-        disks = [
-            Disk(blank(directory / "scratch", 6 << 30), "scratch"),
-            Disk(blank(directory / "meta", 64 << 20), "meta"),
-            Disk(blank(directory / "data", 2 << 30), "data"),
-            *([site.disk] if site else []),
-        ]
+        disks = [Disk(directory / name, name) for name in SCRATCH_DISKS] + ([site.disk] if site else [])
+        wipe(disks)
         root = overlay(rootfs.image, directory / "root.qcow2")
         with Machine(rootfs.kernel, root, disks, accelerator) as booted:
             prepare(booted)
@@ -72,25 +81,31 @@ def booted_machine(rootfs: Rootfs, accelerator: str, site: Site | None = None) -
             yield booted
 
 
+def wipe(disks: Sequence[Disk]) -> None:
+    """Make the scratch disks of a machine that is off what tests expect: a file system and two that are blank."""
+    for disk in disks:
+        if disk.serial in SCRATCH_DISKS:
+            disk.path.unlink(missing_ok=True)
+            blank(disk.path, SCRATCH_DISKS[disk.serial])
+            if disk.serial == "scratch":
+                make_file_system(disk.path)
+
+
 def prepare(machine: Machine) -> None:
-    """Make a booted machine what tests expect; the disks may have been used."""
+    """Make a booted machine what tests expect."""
     machine.wait_until_up()
     bring_source(machine)
-    disks = "for disk in meta data; do dd if=/dev/zero of=/dev/disk/by-id/virtio-$disk bs=1M count=8 status=none; done"
-    mount = "mkfs.ext4 -q -F -E nodiscard $disk; mkdir -p /scratch; mount $disk /scratch"
-    machine.sh(f"{disks}; disk=/dev/disk/by-id/virtio-scratch; {mount}")
+    machine.sh("mkdir -p /scratch; mount /dev/disk/by-id/virtio-scratch /scratch")
 
 
-def run_case(
-    machine: Machine, program: str, case: str, environment: Mapping[str, str], timeout_s: float, python: str = "python3"
-) -> str:
-    """Run one case of a program in guest/; after a failure boot anew, so that its mess fails no other case."""
-    path, environment = f"/src/tests/vm/guest/{program}", {"PYTHONPATH": "/src", **environment}
+def run_case(machine: Machine, case: str, environment: Mapping[str, str], timeout_s: float) -> str:
+    """Run one case, ``module:function`` below guest/; after a failure boot anew: its mess fails no other case."""
     try:
-        result = machine.run(python, path, case, environment=environment, timeout_s=timeout_s)
-        assert "blocked for more than" not in machine.sh("dmesg").out, "a process hung in the kernel"
+        result = call(machine, f"tests.vm.guest.{case}", environment=environment, timeout_s=timeout_s)
+        assert result.code == 0, f"{case}: {result.code}\n{result.out[-4000:]}\n{result.err[-4000:]}"
     except (MachineError, AssertionError):
         machine.kill()
+        wipe(machine.disks)
         machine.boot()
         prepare(machine)
         raise

@@ -8,7 +8,6 @@ import os
 import pytest
 
 from tests.vm.conftest import run_case
-from tests.vm.installed import PYTHON
 from tests.vm.machine import Machine
 
 pytestmark = pytest.mark.vm
@@ -16,6 +15,6 @@ pytestmark = pytest.mark.vm
 
 def test_killed_at_the_commits_of_every_machine(machine: Machine) -> None:
     points = os.environ.get("IMGPULL_VM_POINTS", "12")
-    case = "case_killed_at_the_commits_of_every_machine"
-    timeout_s = 600 if points == "12" else 7200
-    print(run_case(machine, "broker_cases.py", case, {"IMGPULL_VM_POINTS": points}, timeout_s, python=PYTHON))
+    case = "broker_cases:case_killed_at_the_commits_of_every_machine"
+    timeout_s = 1800 if points == "12" else 7200
+    print(run_case(machine, case, {"IMGPULL_VM_POINTS": points}, timeout_s))

@@ -25,5 +25,5 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=[name.removeprefix("case_") for name in CASES])
 def test_helper(machine: Machine, case: str) -> None:
     points = os.environ.get("IMGPULL_VM_POINTS", "12")
-    timeout_s = 300 if points == "12" else 3600
-    print(run_case(machine, SOURCE.name, case, {"IMGPULL_VM_POINTS": points}, timeout_s))
+    timeout_s = 900 if points == "12" else 7200
+    print(run_case(machine, f"{SOURCE.stem}:{case}", {"IMGPULL_VM_POINTS": points}, timeout_s))

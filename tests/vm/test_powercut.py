@@ -61,7 +61,7 @@ def replayer(rootfs: Rootfs, accelerator: str, recorded: Path) -> Iterator[Machi
             Disk(blank(directory / "disk", DISK_BYTES), "state"),
         ]
         root = overlay(rootfs.image, directory / "root.qcow2")
-        with Machine(rootfs.kernel, root, disks, accelerator, processors=1) as machine:
+        with Machine(rootfs.kernel, root, disks, accelerator) as machine:
             bring_source(machine)
             yield machine
 

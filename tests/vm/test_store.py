@@ -20,4 +20,4 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=[name.removeprefix("case_") for name in CASES])
 def test_store(machine: Machine, case: str) -> None:
-    print(run_case(machine, SOURCE.name, case, {}, timeout_s=120))
+    print(run_case(machine, f"{SOURCE.stem}:{case}", {}, timeout_s=900))

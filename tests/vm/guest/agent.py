@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+talking: dict[int, "subprocess.Popen[bytes]"] = {}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 lock = threading.Lock()
 
@@ -59,6 +60,23 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     return {"code": child.returncode, "out": encode(out), "err": encode(err)}
 
 
+def start(request: dict[str, Any]) -> dict[str, Any]:
+    """Start a program that answers each line with a line, as root; it lasts until the machine ends."""
+    env = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", **request["env"]}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    talking[request["id"]] = subprocess.Popen(request["start"], cwd="/", env=env, start_new_session=True, **pipes)
+    return {}
+
+
+def tell(request: dict[str, Any]) -> dict[str, Any]:
+    """Give such a program a line and return its answer; the host sends it the next when this is there."""
+    child = talking[request["tell"]]
+    assert child.stdin and child.stdout
+    child.stdin.write(request["line"].encode() + b"\n")
+    child.stdin.flush()
+    return {"line": child.stdout.readline().decode()}
+
+
 def groups_of(user: str) -> list[int]:
     """Return the supplementary groups that a login of this user has."""
     with open("/etc/group") as file:
@@ -92,7 +110,8 @@ def get(request: dict[str, Any]) -> dict[str, Any]:
 
 def answer(port: int, request: dict[str, Any]) -> None:
     """Answer one request, whatever happens."""
-    work = put if "put" in request else get if "get" in request else run
+    kinds = {"put": put, "get": get, "start": start, "tell": tell}
+    work = next((kinds[kind] for kind in kinds if kind in request), run)
     try:
         reply = work(request)
     except Exception as error:  # the host is told, and decides

@@ -262,13 +262,3 @@ def case_killed_at_the_commits_of_every_machine() -> None:
             # A pull has five times the points of the others.
             os.environ["IMGPULL_VM_POINTS"] = str(points // 2 if name == "pull" else points // 6)
             sweep(door, name)
-
-
-def main() -> None:
-    """Run the case that is named."""
-    case: Callable[[], None] = globals()[sys.argv[1]]
-    case()
-
-
-if __name__ == "__main__":
-    main()

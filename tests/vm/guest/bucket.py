@@ -17,7 +17,9 @@ def mapped(path: Path) -> Object:
     """Return a file as an object; its bytes stay on the disk."""
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    status = path.stat()
+    # As opaque as that of an upload in parts: an emulated processor needs minutes for the MD5 of gigabytes.
+    etag = hashlib.sha256(f"{status.st_ino} {status.st_size}".encode()).hexdigest()[:32] + "-2"
     return Object(cast(bytes, data), etag=f'"{etag}"')  # a map is sliced and measured like bytes
 
 

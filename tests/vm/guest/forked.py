@@ -69,7 +69,7 @@ class ForkedHelper(Helper):
         os.close(self.log_read)
         if self.stops:
             self.stops.close()
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         with contextlib.suppress(ProcessLookupError):
             while True:
                 os.killpg(self.pid, 0)  # its children die with it, but not in the same instant

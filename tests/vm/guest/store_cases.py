@@ -11,9 +11,8 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from privhelper.dm import DeviceMapper, Target
@@ -93,20 +92,20 @@ def rig(**changes: Any) -> Iterator[Rig]:
             made.store.deactivate(dev)
         made.pool.detach()
         sh("rm -rf /scratch/pool")
-    assert traces() == before, f"left behind: {traces()}, before: {before}"
+    assert_nothing_left(before)
 
 
 def traces() -> list[str]:
     """Return what a leak would show in: device-mapper devices, bound loop devices, mounts of ours."""
-    loops = [name for name in os.listdir("/sys/block") if os.path.exists(f"/sys/block/{name}/loop/backing_file")]
+    bound = [name for name in os.listdir("/sys/block") if os.path.exists(f"/sys/block/{name}/loop/backing_file")]
     with open("/proc/mounts") as file:
         mounts = [line for line in file if "/run/mounted" in line]
-    return sorted(DeviceMapper().names() + loops + mounts)
+    return sorted(DeviceMapper().names() + bound + mounts)
 
 
 def assert_nothing_left(before: list[str]) -> None:
-    """Give the kernel two seconds: it unbinds a loop device after its last user is gone."""
-    deadline_s = time.monotonic() + 2
+    """Give the kernel time: it unbinds a loop device after its last user is gone."""
+    deadline_s = time.monotonic() + 60
     while traces() != before and time.monotonic() < deadline_s:
         time.sleep(0.02)
     found = traces()
@@ -497,19 +496,26 @@ def may_write(path: str, uid: int) -> bool:
 
 
 def case_activation_costs_the_same_at_the_end_of_a_long_chain() -> None:
+    """What is written to the pool's metadata is counted: a copy of the 128th layer is no more than one of the first."""
     with rig(metadata_bytes=16 * MIB, data_bytes=512 * MIB) as made:
         for dev in range(1, 129):
             made.snapshot(dev, dev - 1)
-        times = {}
+        written = {}
         for dev in (1, 64, 128):
-            begin_s = time.monotonic()
-            made.store.create(1000 + dev, dev)
-            path = made.store.activate(1000 + dev, False)
-            times[dev] = round((time.monotonic() - begin_s) * 1000, 1)
-            sh(f"e2fsck -fn {path}")
-            made.store.deactivate(1000 + dev)
-        assert max(times.values()) < 1000, times
-        print(f"snapshot and activation of layer 1, 64, 128 of a chain: {times} ms")
+            before = sectors_written(f"{NAME}-meta")
+            made.snapshot(1000 + dev, dev)
+            with made.active(1000 + dev) as path:
+                written[dev] = sectors_written(f"{NAME}-meta") - before
+                sh(f"e2fsck -fn {path}")
+        assert 0 < max(written.values()) <= min(written.values()) + 64, written
+        print(f"sectors of metadata written to copy and activate layer 1, 64, 128 of a chain: {written}")
+
+
+def sectors_written(name: str) -> int:
+    """Return how much was ever written to a device-mapper device (kernel, Documentation/block/stat.rst)."""
+    minor = os.minor(DeviceMapper().info(name).device)
+    with open(f"/sys/block/dm-{minor}/stat") as file:
+        return int(file.read().split()[6])
 
 
 # ---------------------------------------------------------------- trouble
@@ -530,7 +536,6 @@ def case_a_full_pool_errors_at_once_refuses_copies_and_recovers_by_a_delete() ->
         made.snapshot(2, 0)
         with made.mounted(2) as folder:
             sh(f"head -c 1M /dev/urandom > {folder}/kept; sync -f {folder}; sha256sum {folder}/kept > /run/kept")
-        begin_s = time.monotonic()
         with made.active(1) as path:
             try:
                 fill(path, 100 * MIB, 100 * MIB)
@@ -538,7 +543,8 @@ def case_a_full_pool_errors_at_once_refuses_copies_and_recovers_by_a_delete() ->
                 assert error.errno in (errno.EIO, errno.ENOSPC), error
             else:
                 raise AssertionError("100 MiB went into 64 MiB")
-        assert time.monotonic() - begin_s < 30, "a writer waited for space"
+        modes = [line for line in sh("dmesg").splitlines() if "switching pool to out-of-data-space" in line]
+        assert "(error IO)" in modes[-1], f"a writer waited for space: {modes[-1]}"
         status = made.store.status()
         assert status.state == "out_of_data" and "remove images" in status.advice, status
         with refused("no_room", "out_of_data"):
@@ -659,13 +665,3 @@ def case_a_data_error_dooms_only_the_device_that_is_written() -> None:
             sh(f"sed 's#/run/mounted-1#{folder}#' /run/sum | sha256sum --check --quiet")
     sh("dmsetup remove faulty")
     blank(disk)
-
-
-def main() -> None:
-    """Run the case that is named."""
-    case: Callable[[], None] = globals()[sys.argv[1]]
-    case()
-
-
-if __name__ == "__main__":
-    main()
