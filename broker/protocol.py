@@ -47,7 +47,7 @@ class CheckJob(Message):
 
     media: Literal["tar", "tar+gzip", "tar+zstd", "tar+bzip2", "tar+xz"]
     layer_number: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1  # for messages only
-    gate_fd: Annotated[int, Field(ge=3, le=4096)] | None = None  # a pipe: a byte comes as each of the lower ones is whole
+    gate_fd: Annotated[int, Field(ge=3, le=4096)] | None = None  # a pipe: a byte comes as each lower one is whole
     lower: Annotated[
         list[Annotated[int, Field(ge=3, le=4096)]], Field(max_length=MAX_LAYERS)
     ] = []  # manifests, lowest first
