@@ -88,15 +88,6 @@ def syncfs(descriptor: int) -> None:
     _checked(_libc.syncfs(descriptor), "syncfs")
 
 
-_SYNC_FILE_RANGE_WRITE: Final = 2
-
-
-def start_write_back(file: int) -> None:
-    """Let the disk begin with a file that is written; wait for nothing. What fails is told by ``syncfs``."""
-    whole = (ctypes.c_int64(0), ctypes.c_int64(0))
-    _checked(_libc.sync_file_range(file, *whole, _SYNC_FILE_RANGE_WRITE), "sync_file_range")
-
-
 def filesystem_magic(descriptor: int) -> int:
     """Return the type of the file system that a file lies on (statfs(2))."""
     buffer = ctypes.create_string_buffer(256)

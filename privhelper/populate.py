@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from privhelper import kernel, manifest, protocol
+from privhelper import manifest, protocol
 from privhelper.files import closing
 from privhelper.manifest import Operation, RejectedError
 
 _CHUNK_BYTES: Final = 1 << 17  # larger ones are slower: they fall out of the cache between hash and write
-_WRITE_BACK_BYTES: Final = 1 << 16  # files below are left to the one sync: a call each would cost more than it saves
 _TELL_EVERY_BYTES: Final = 1 << 24
 _TELL_EVERY_ENTRIES: Final = 2_000
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -188,8 +187,6 @@ class Writer(Walk):
             raise RejectedError("payload_range", 0, f"content ends behind the payload's {self._payload_bytes} bytes")
         with closing(os.open(operation.name, _CREATE, operation.mode & 0o777, dir_fd=parent)) as file:
             self._copy(file, operation)
-            if operation.size >= _WRITE_BACK_BYTES:
-                kernel.start_write_back(file)
             if operation.uid or operation.gid or self.levels[-1].gives_group:  # else it was created as root's
                 os.fchown(file, operation.uid, operation.gid)
             for name, value in operation.xattrs:
