@@ -9,11 +9,15 @@ import gc
 import os
 
 
-def held() -> dict[int, str]:
-    """Return each open descriptor of this process with what it leads to, as proc(5) tells."""
+def held() -> dict[int, tuple[int, int]]:
+    """Return each open descriptor of this process with the device and the inode of what it leads to.
+
+    Not the path, as proc(5) gives it: one that is longer than a page has none (ENAMETOOLONG).
+    """
     gc.collect()
-    found: dict[int, str] = {}
+    found: dict[int, tuple[int, int]] = {}
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one by which the folder itself is read
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        with contextlib.suppress(OSError):  # EBADF: the one by which the folder itself was read
+            status = os.fstat(int(name))
+            found[int(name)] = (status.st_dev, status.st_ino)
     return found
