@@ -290,8 +290,21 @@ class Database:
 def check_schema(db: sqlite3.Connection, path: str, scripts: Sequence[str], application_id: int) -> int:
     """Give the version of a file that these scripts made, 0 for an empty one.
 
+    All is read from one state of the file: another process may be making its tables just now.
+
     Raises: ForeignStateError, DamagedStateError.
     """
+    if db.in_transaction:
+        return _check_schema(db, path, scripts, application_id)
+    db.execute("BEGIN")
+    try:
+        return _check_schema(db, path, scripts, application_id)
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _check_schema(db: sqlite3.Connection, path: str, scripts: Sequence[str], application_id: int) -> int:
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     owner = int(db.execute("PRAGMA application_id").fetchone()[0])
     tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]

@@ -4,7 +4,7 @@ import os
 import random
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from broker.machine import (
     open_lookup,
     problems,
 )
-from broker.machine.database import connect
+from broker.machine.database import APPLICATION_ID, check_schema, connect, create
 from broker.machine.records import QUERIES
+from broker.machine.schema import SCHEMA
 from tests.broker.machine_toys import (
     EPOCH_S,
     TABLES,
@@ -262,6 +263,33 @@ def _verdict(path: Path, name: str, wanted: dict[str, Any], results: dict[str, A
             return "found by the check" if problems(lookup) else "harmless"
     except (StateError, UnknownRunError):
         return "refused"
+
+
+async def test_a_schema_that_another_process_makes_just_now_is_not_foreign(path: Path, tmp_path: Path) -> None:
+    async with engine_of(tmp_path / "made.db", MACHINE):
+        pass
+
+    class Late(sqlite3.Connection):
+        """Another process makes the tables after the first thing that is read of the file."""
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            cursor = super().execute(sql, *values)
+            if sql == "PRAGMA user_version":
+                rows = cursor.fetchall()
+                with (
+                    closing(sqlite3.connect(tmp_path / "made.db")) as made,
+                    closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
+                    suppress(sqlite3.OperationalError),  # it has to wait
+                ):
+                    other.execute("BEGIN EXCLUSIVE")
+                    other.execute("ROLLBACK")
+                    made.backup(other)
+                cursor = super().execute(f"SELECT {rows[0][0]}")
+            return cursor
+
+    create(str(path))
+    with closing(sqlite3.connect(path, factory=Late, isolation_level=None)) as db:
+        assert check_schema(db, str(path), [SCHEMA, *TABLES], APPLICATION_ID) == 0
 
 
 async def test_an_engine_refuses_a_file_whose_structure_is_damaged(path: Path) -> None:
