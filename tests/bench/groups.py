@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from boto3.s3.transfer import TransferConfig
 
-from tests.bench import harness, ours, rivals, shapes
+from tests.bench import harness, ours, rivals, shapes, thin
 from tests.bench import ready as among_runs
 from tests.bench.harness import Case, Group, just, run
 from tests.servers import swift
@@ -279,9 +279,13 @@ def starting(bench: Bench) -> list[Group]:
     return [Group("start of a process", cases)]
 
 
+def activating(bench: Bench) -> list[Group]:
+    return [thin.group()]
+
+
 GROUPS: Final = {
     "start": starting, "check": checking, "commit": committing, "pull": pulling, "share": sharing, "ready": ready,
-    "shapes": hurting, "growth": growing, "crowd": crowding,
+    "shapes": hurting, "growth": growing, "crowd": crowding, "thin": activating,
 }  # fmt: skip
 
 
