@@ -26,7 +26,7 @@ def test_way_that_is_open_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     """The same attempts from a process that is not locked in: what it tells then is not `ok`."""
     script = "import unpriv.audit as a; a._lock = lambda *_: None; a.main()"
     monkeypatch.setattr(audit, "_program", lambda *words: [sys.executable, "-c", script, *words])
-    monkeypatch.setattr(audit, "CHECK_ENVIRONMENT", {"PYTHONPATH": str(Path(__file__).resolve().parents[2])})
+    monkeypatch.setattr(audit, "ENVIRONMENT", {"PYTHONPATH": str(Path(__file__).resolve().parents[2])})
     for name in ("read_a_file", "fork", "connect_tcp", "executable_memory"):
         assert audit._try("check", name, str(tmp_path)) == "granted"
     assert not audit.Attempt("check", "fork", "denied", "granted").ok
