@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from broker import work, worker
+from broker import checker, work, worker
 from broker.cli import imgpull
 from broker.machine import Hooks
 from privhelper import __main__ as helper_program
@@ -113,8 +113,8 @@ def run(*words: str, point: Point | None = None) -> int:
 
     def task() -> int:
         os.environ.update(HOME=str(HOME), IMGPULL_HELPER_SOCKET=SOCKET, IMGPULL_PROGRESS="none")
-        for name in ("check", "fetch"):
-            vars(worker)[name.upper()] = (sys.executable, f"{PROGRAMS}/fake_{name}.py", str(HOME))
+        for owner, constant, name in ((checker, "COMMAND", "fake_check.py"), (worker, "FETCH", "fake_fetch.py")):
+            vars(owner)[constant] = (sys.executable, f"{PROGRAMS}/{name}", str(HOME))
         if point:
             work.HOOKS = Hooks(point=point)
         said = os.open(HOME / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
