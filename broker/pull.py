@@ -592,6 +592,9 @@ async def _activate(
     async with app.helper() as root:
         try:
             if grows:
+                if taken is not None:  # the record first: what is there without one, a run that fails gives back
+                    async with app.engine.transaction() as db:
+                        store.forget_activation(db, name)
                 await _deactivate_stale(root, name)  # of a run that died while it let the file system grow
             given = await root.activate(layer, name, mode, size)
         except LayerAbsentError as error:
@@ -658,24 +661,34 @@ async def _follow_root(run: Run[Any], root: Helper, names: set[str] | None) -> l
     images = {image.top: image.id for image in reversed(await app.read(store.images))}
     layers, devices = await root.inventory()
     lost = set(committed) - {item["layer"] for item in layers if item["state"] == "sealed"}
-    held = {item["name"] for item in devices}
-    gone = [row for name, row in known.items() if name not in held and (names is None or name in names)]
-    found = [d for d in devices if d["name"] not in known and (names is None or d["name"] in names)]
+    held = {item["name"]: item for item in devices}
+    wrong = [name for name in sorted(known.keys() | held.keys()) if not _agree_on(known.get(name), held.get(name))]
+    wrong = [name for name in wrong if names is None or name in names]
 
     def write(db: Any) -> None:
         for layer in lost:
             store.set_committed(db, layer, False)
-        for row in gone:
-            if store.activation(db, row.name) == row:
-                store.forget_activation(db, row.name)
         still = {image.top: image.id for image in reversed(store.images(db))}  # one may have been removed meanwhile
-        for item in found:
-            if item["layer"] in still and store.activation(db, item["name"]) is None:
-                given = Activation(item["name"], item["layer"], item["mode"], item["device"], item["size"])
+        for name in wrong:
+            if store.activation(db, name) != known.get(name):
+                continue
+            store.forget_activation(db, name)
+            if (item := held.get(name)) is not None and item["layer"] in still:
+                given = Activation(name, item["layer"], item["mode"], item["device"], item["size"])
                 store.record_activation(db, still[item["layer"]], given)
 
     run.on_commit(write)
-    return [item["name"] for item in found if item["layer"] not in images]
+    return [name for name in wrong if name in held and held[name]["layer"] not in images]
+
+
+def _agree_on(row: store.ActivationRow | None, item: dict[str, Any] | None) -> bool:
+    """Tell whether what is recorded under a name is what root holds under it.
+
+    It need not be: a device is taken back, the name given out anew, and both runs die before they record it.
+    """
+    if row is None or item is None:
+        return row is None and item is None
+    return (row.layer, row.mode, row.size) == (item["layer"], item["mode"], item["size"])
 
 
 PULL: Machine[PullRequest] = (
@@ -750,12 +763,13 @@ async def forget(run: Run[RemoveRequest]) -> None:
     image = await app.read(store.image_by_ref, asked.ref, asked.endpoint)
     if image is None:
         return
-    given = await app.read(store.activations)
+    known = {row.name: row for row in await app.read(store.activations)}
+    ours = [row for row in known.values() if row.image == image.id]
     async with app.helper() as root:
         _, devices = await root.inventory()
-        known = {row.name for row in given}
-        stray = [item for item in devices if item["layer"] == image.top and item["name"] not in known]
-        ours = [row for row in given if row.image == image.id]
+        held = {item["name"]: item for item in devices}
+        unknown = [item for item in devices if not _agree_on(known.get(item["name"]), item)]
+        stray = [item for item in unknown if item["layer"] == image.top]
         live = [row.name for row in ours if row.is_live()] + [item["name"] for item in stray if item["live"]]
         if live:
             raise ImgpullError(
@@ -765,13 +779,14 @@ async def forget(run: Run[RemoveRequest]) -> None:
                 f"`imgpull deactivate {live[0]}` first",
                 retry=False,
             )
-        stale = [row.name for row in ours] + [item["name"] for item in stray]
+        stale = [row.name for row in ours if _agree_on(row, held.get(row.name))] + [item["name"] for item in stray]
         for name in stale:
             await _deactivate_stale(root, name)
 
     def write(db: Any) -> None:
-        for name in stale:
-            store.forget_activation(db, name)
+        for name in {*stale, *(row.name for row in ours)}:
+            if store.activation(db, name) == known.get(name):
+                store.forget_activation(db, name)
         if store.activations(db, image.id):
             raise Retry("a device of it was given out just now")
         store.forget_image(db, image.id)

@@ -43,6 +43,16 @@ def test_device_whose_file_system_does_not_grow_is_given_back(world: World, tool
     assert list(world.helper.activations) == ["one"]
 
 
+def test_device_that_does_not_grow_is_given_back_where_another_had_its_name(world: World, tool: Path) -> None:
+    world.put("two", b"b")
+    assert world.run("pull", "s3://bucket/images/two", "--name", "x")[0] == 0
+    world.helper.reboot()
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    assert world.run("pull", REF, "--name", "x", "--size", "20G")[0] == 74
+    assert world.helper.activations == {}
+    assert world.run("ls", "--activations", "-H")[1] == ""
+
+
 def test_missing_tool_is_named(world: World, tool: Path) -> None:
     tool.unlink()
     code, _, err = world.run("pull", REF, "--size", "20G")

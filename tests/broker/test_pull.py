@@ -4,8 +4,11 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import sys
 import time
+from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -345,3 +348,52 @@ def test_layer_of_somebody_else_is_claimed_before_it_is_built_upon(world: World)
     assert world.helper.claims[layer] == {OTHER_UID, UID}
     world.helper.on_remove({"layer": layer}, [], OTHER_UID)
     assert layer in world.helper.layers
+
+
+@pytest.fixture
+def crossed(world: World) -> World:
+    """Image `one` is recorded under a name under which root holds a device of `two`.
+
+    So it is when one run took the device of `one` back, another gave the name to `two`, and both died at that moment.
+    """
+    world.put("one", b"a")
+    world.put("two", b"b")
+    world.run("pull", "s3://bucket/images/two", "--name", "x")
+    given = world.helper.activations.pop("x")
+    world.run("deactivate", "x")
+    world.helper.activations.clear()
+    assert world.run("pull", REF, "--name", "x")[0] == 0
+    world.helper.activations["x"] = given
+    return world
+
+
+def test_record_of_a_name_follows_the_device_that_root_holds_under_it(crossed: World) -> None:
+    assert crossed.run("gc")[0] == 0
+    (given,) = json.loads(crossed.run("ls", "--activations", "--json")[1])
+    assert (given["name"], given["image"], given["live"]) == ("x", "s3://bucket/images/two", True)
+
+
+def test_removals_go_by_the_device_that_root_holds_under_a_name(crossed: World) -> None:
+    code, _, err = crossed.run("rm", "two")
+    assert (code, "activated as x" in err) == (75, True)
+    assert crossed.run("rm", "one")[0] == 0
+    assert list(crossed.helper.activations) == ["x"]
+
+
+@pytest.mark.parametrize("words", [("gc",), ("rm", "one")])
+def test_device_that_is_recorded_while_root_is_asked_stays(
+    words: tuple[str, ...], crossed: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = crossed.helper.on_list
+
+    def meanwhile(request: dict[str, Any], descriptors: list[int]) -> list[dict[str, Any]]:
+        with closing(sqlite3.connect(crossed.paths.database)) as db, db:
+            db.execute(
+                "UPDATE activation SET device = 'newer', (image, layer) = (SELECT id, top FROM image WHERE ref LIKE ?)",
+                ("%/two",),
+            )
+        return listed(request, descriptors)
+
+    monkeypatch.setattr(crossed.helper, "on_list", meanwhile)
+    assert crossed.run(*words)[0] == 0
+    assert crossed.query("SELECT name, device FROM activation") == [("x", "newer")]

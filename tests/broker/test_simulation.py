@@ -355,12 +355,12 @@ class Lives(RuleBasedStateMachine):
     def check_activations(self, db: sqlite3.Connection, active: set[str], settled: bool) -> None:
         # A device that is taken back while it is given out is known again after the next pull or `gc`.
         contended = {key for (key,) in db.execute("SELECT key FROM run WHERE machine = 'deactivate'") if not settled}
-        rows = {row.name: row.layer for row in store.activations(db) if row.name not in contended}
+        rows = {row.name: (row.layer, row.mode) for row in store.activations(db) if row.name not in contended}
         devices = self.around.helper.activations
-        given = {name: row["layer"] for name, row in devices.items() if name not in contended}
+        given = {name: (row["layer"], row["mode"]) for name, row in devices.items() if name not in contended}
         if settled:  # a device of an image that is not here any more is told by `gc`, and its user takes it back
             tops = {image.top for image in store.images(db)}
-            given = {name: layer for name, layer in given.items() if name in rows or layer in tops}
+            given = {name: what for name, what in given.items() if name in rows or what[0] in tops}
         if not active & {"deactivate", "remove"}:
             assert rows.items() <= given.items(), "devices that root has not given out"
         if not active & {"pull", "activate"}:
