@@ -849,9 +849,10 @@ async def drop_manifests(run: Run[Any], outcome: Outcome) -> None:
 
 
 async def removable(app: App) -> list[str]:
-    """Return the layers that neither an image nor a pull at work stands on, each before its parent.
+    """Return the layers that neither an image nor a pull or a layer at work stands on, each before its parent.
 
-    First the pulls, then the images: a pull that ends in between has its image by then.
+    First the pulls, then the images: a pull that ends in between has its image by then. A layer's run may outlive the
+    pull that began it, and the next pull joins it: what it has checked must be there still.
     """
     needed: set[str] = set()
     for active in await app.read(lambda _: app.engine.lookup.runs("pull", active_only=True)):
@@ -861,6 +862,10 @@ async def removable(app: App) -> list[str]:
         keys = chain_keys(Resolved.model_validate_json(results["resolve"]), app.limits)
         for found in [await app.read(store.chained, key) for key in keys]:
             needed.update(await app.read(store.chain_of, found[0]) if found else [])
+    for active in await app.read(lambda _: app.engine.lookup.runs("layer", active_only=True)):
+        results = await app.read(lambda _, run=active: app.engine.lookup.results(run))  # type: ignore[misc]
+        if "check" in results:
+            needed.update(await app.read(store.chain_of, Checked.model_validate_json(results["check"]).layer))
     return [layer for layer in await app.read(store.unused_layers) if layer not in needed]
 
 

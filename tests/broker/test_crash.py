@@ -7,6 +7,7 @@ are forked from this one, so that a run costs no imports; where no worker is to 
 A second death while the first is mended is sampled; ``IMGPULL_FAULTS=all`` tries every pair.
 """
 
+import itertools
 import json
 import os
 import random
@@ -208,6 +209,27 @@ def test_kill_twice_also_while_resuming(world: World) -> None:
             assert_sound(world)
             killed.append(f"broker-again {number}:{second}")
             second += SECOND
+
+
+@pytest.mark.parametrize("nth", [0, 1], ids=["lower", "upper"])
+def test_layer_that_outlives_its_pull_is_there_for_the_next(nth: int, world: World) -> None:
+    """Killed when a layer is committed, and again while the pull is cancelled: then what the next pull joins is a run
+    that has done its work, and `gc` must not have undone it."""
+    world.put("one", b"a", b"b")
+    words, outlived = ["pull", REF, "--no-activate"], 0
+    committed = [n for n, point in enumerate(points_of(world, words)) if point == "layer:commit:complete:after"]
+    for number in itertools.count():
+        reset(world)
+        assert in_child(world, words, die_at(committed[nth])) == -signal.SIGKILL
+        ((pull,),) = world.query("SELECT id FROM run WHERE machine = 'pull'")
+        if in_child(world, ["cancel", pull], die_at(number)) != -signal.SIGKILL:
+            break
+        active = {machine for (machine,) in world.query("SELECT machine FROM run WHERE outcome IS NULL")}
+        outlived += active == {"layer"}
+        assert in_child(world, ["gc"]) == 0
+        assert in_child(world, words) == 0, (world.folder / "last").read_text()
+        assert_sound(world)
+    assert outlived
 
 
 def test_interrupted_pull_under_another_name_does_not_answer_for_this_one(world: World) -> None:
