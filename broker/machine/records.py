@@ -272,12 +272,15 @@ class Lookup:
         limit: int = 100,
         before: int = 1 << 62,
     ) -> list[RunRecord]:
-        """Give runs, newest first; `before` is the sequence number to go on from. Damaged ones are left out, logged."""
+        """Give runs, newest first; `before` is the sequence number to go on from. Damaged ones are left out, logged.
+
+        `limit` cuts off the history; active runs are given whole, since somebody may depend on each.
+        """
         if key is not None and machine is None:
             raise ValueError("a key belongs to a machine")
         if active_only:
             found = _readable(self._all("active_runs", before, -1))
-            return [r for r in found if machine in (None, r.machine) and key in (None, r.key)][:limit]
+            return [r for r in found if machine in (None, r.machine) and key in (None, r.key)]
         if machine is None:
             return list(_readable(self._all("all_runs", before, limit)))
         if key is None:

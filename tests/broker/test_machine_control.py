@@ -457,6 +457,23 @@ async def test_cancel_cascades_to_children_that_nobody_else_wants(path: Path, au
         assert problems(engine.lookup) == []
 
 
+async def test_active_runs_are_given_whole_and_the_history_in_pages(path: Path) -> None:
+    gate = trio.Event()
+
+    async def wait(run: Run[Ask]) -> None:
+        await gate.wait()
+
+    machine = one_step(wait)
+    async with engine_of(path, machine) as engine:
+        for number in range(101):
+            await engine.start(machine, str(number), Ask())
+        assert len(engine.runs(active_only=True)) == len(engine.runs("toy", active_only=True)) == 101
+        gate.set()
+        for run in engine.runs(active_only=True):
+            await engine.wait(run.id)
+        assert (len(engine.runs(active_only=True)), len(engine.runs())) == (0, 100)
+
+
 async def test_a_run_that_is_aborted_takes_its_children_along(path: Path, autojump_clock: Any) -> None:
     child = one_step(gated, name="child")
 
