@@ -588,14 +588,12 @@ async def _activate(
             f"choose another with --name, or `imgpull deactivate {name}` first",
             retry=False,
         )
-    grows = bool(size) and mode == "rw" and not (taken is not None and taken.is_live())
+    is_recorded = taken is not None and (taken.layer, taken.mode, taken.size) == (layer, mode, size)
+    grows = bool(size) and mode == "rw" and not is_recorded
     async with app.helper() as root:
         try:
             if grows:
-                if taken is not None:  # the record first: what is there without one, a run that fails gives back
-                    async with app.engine.transaction() as db:
-                        store.forget_activation(db, name)
-                await _deactivate_stale(root, name)  # of a run that died while it let the file system grow
+                await _make_way(app, root, name, taken)
             given = await root.activate(layer, name, mode, size)
         except LayerAbsentError as error:
             raise ImgpullError(
@@ -614,6 +612,24 @@ async def _activate(
 
     run.on_commit(record)
     return Activated(name=name, layer=layer, mode=mode, device=given.device, size=given.size)
+
+
+async def _make_way(app: App, root: Helper, name: str, taken: store.ActivationRow | None) -> None:
+    """Take away what a run has left under a name that died while it let the file system grow.
+
+    What we have on record and root holds is its user's, with all that he wrote to it: it stays, and root will say that
+    the name is in use. A record that root contradicts goes first: what is there without one is given back by a run that
+    fails.
+    """
+    _, devices = await root.inventory()
+    held = next((item for item in devices if item["name"] == name), None)
+    if taken is not None:
+        if _agree_on(taken, held):
+            return
+        async with app.engine.transaction() as db:
+            store.forget_activation(db, name)
+    if held is not None:
+        await _deactivate_stale(root, name)
 
 
 async def settle_record(run: Run[Any], outcome: Outcome) -> None:

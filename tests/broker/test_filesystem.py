@@ -46,11 +46,33 @@ def test_device_whose_file_system_does_not_grow_is_given_back(world: World, tool
 def test_device_that_does_not_grow_is_given_back_where_another_had_its_name(world: World, tool: Path) -> None:
     world.put("two", b"b")
     assert world.run("pull", "s3://bucket/images/two", "--name", "x")[0] == 0
+    world.helper.activations.clear()
     world.helper.reboot()
     tool.write_text("#!/bin/sh\nexit 1\n")
     assert world.run("pull", REF, "--name", "x", "--size", "20G")[0] == 74
     assert world.helper.activations == {}
     assert world.run("ls", "--activations", "-H")[1] == ""
+
+
+def test_device_with_a_size_is_the_same_after_a_reboot(world: World, tool: Path) -> None:
+    assert world.run("pull", REF, "--size", "20G")[0] == 0
+    before = dict(world.helper.activations)
+    world.helper.reboot()
+    assert world.run("activate", REF, "--name", "one", "--size", "20G")[0] == 0
+    assert world.helper.activations.keys() == before.keys()
+    assert "deactivate" not in [request["op"] for request in world.helper.requests]
+    assert len(world.lines("resized")) == 1
+
+
+def test_size_takes_no_device_of_another_image_away(world: World, tool: Path) -> None:
+    world.put("two", b"b")
+    assert world.run("pull", "s3://bucket/images/two", "--name", "x")[0] == 0
+    (layer,) = {row["layer"] for row in world.helper.activations.values()}
+    world.helper.reboot()
+    code, _, err = world.run("pull", REF, "--name", "x", "--size", "20G")
+    assert code == 75, err
+    assert {row["layer"] for row in world.helper.activations.values()} == {layer}
+    assert world.run("activate", "s3://bucket/images/two", "--name", "x")[0] == 0
 
 
 def test_missing_tool_is_named(world: World, tool: Path) -> None:
