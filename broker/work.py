@@ -222,7 +222,7 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
         old = await app.read(store.image_layers, before.id) if before else []
         key = store.pull_key(request.ref, request.source)
         await _take_back(app, engine)
-        _tell_of_the_interrupted(engine, report, key)
+        await _tell_of_the_interrupted(engine, report, key)
         outcome = await _do(engine, machines.PULL, key, request, partial(_show_others, app, report, request.ref))
         device = outcome.result("activate", machines.Activated).device if request.name is not None else None
         layers = outcome.result("layers", machines.Layers)
@@ -237,25 +237,25 @@ async def _pull(settings: Settings, report: Reporter, request: machines.PullRequ
             "reused": layers.reused,
             "transferred_bytes": layers.transferred,
             "changed_layers": changed,
-            "steps": _step_seconds(engine, outcome),
+            "steps": await _step_seconds(engine, outcome),
             "text": f"{len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {layers.reused} of them there"
             f" already, {size(layers.transferred)} fetched",
         }
         return Pulled(layers.layers[-1], device, summary)
 
 
-def _tell_of_the_interrupted(engine: Engine, report: Reporter, key: str) -> None:
+async def _tell_of_the_interrupted(engine: Engine, report: Reporter, key: str) -> None:
     """Say that this pull was begun before, if it was, and how far it had come."""
-    for record in engine.lookup.runs("pull", active_only=True):
+    for record in await engine.read(lambda _: engine.lookup.runs("pull", active_only=True)):
         if record.key == key:
-            children = engine.lookup.children(record)
+            children = await engine.read(lambda _, run=record: engine.lookup.children(run))  # type: ignore[misc]
             done = sum(child.outcome == "done" for child in children)
             report.notice(f"going on where it was interrupted: {done} of {len(children)} layers done", run=record.id)
 
 
-def _step_seconds(engine: Engine, outcome: Outcome) -> dict[str, float]:
+async def _step_seconds(engine: Engine, outcome: Outcome) -> dict[str, float]:
     """Return how long each step of a pull took; `layers` is the time in which all its layers worked side by side."""
-    events = engine.lookup.events(engine.lookup.run(outcome.run_id))
+    events = await engine.read(lambda _: engine.events(outcome.run_id))
     return {str(e.step): int(str(e.payload["duration_ms"])) / 1000 for e in events if e.type == "complete"}
 
 
@@ -296,7 +296,7 @@ async def _take_back(app: App, engine: Engine) -> None:
     """
     marks = app.paths.mark_dir
     for name in temporary.abandoned(marks):
-        for record in engine.lookup.runs("activate", active_only=True):
+        for record in await engine.read(lambda _: engine.lookup.runs("activate", active_only=True)):
             if record.key == name:
                 await engine.cancel(record.id, cause="the command that it was for is dead")
                 await engine.wait(record.id)
@@ -466,9 +466,9 @@ def resume(settings: Settings, report: Reporter, run_id: str | None) -> list[dic
 
     async def work() -> list[dict[str, Any]]:
         async with opened(settings, report) as (_, engine):
-            one = run_record(engine.lookup, run_id) if run_id else None
+            one = await engine.read(lambda _: run_record(engine.lookup, run_id)) if run_id else None
             taken = [one.id] if one and not one.active else await engine.resume(one.id if one else None)
-            if one and not taken and engine.lookup.run(one.id).active:
+            if one and not taken and (await engine.read(lambda _: engine.lookup.run(one.id))).active:
                 raise ImgpullError(
                     "busy", f"run {one.id} is at work in another process", advice=f"`imgpull runs {one.id}` shows it"
                 )
@@ -483,7 +483,7 @@ def cancel(settings: Settings, run_id: str) -> tuple[str, str, bool]:
 
     async def work() -> tuple[str, str, bool]:
         async with opened(settings, Reporter()) as (_, engine):
-            record = run_record(engine.lookup, run_id)
+            record = await engine.read(lambda _: run_record(engine.lookup, run_id))
             await engine.cancel(record.id, cause="cancelled by the user")
             return record.id, (await engine.wait(record.id)).kind, not record.active
 
