@@ -32,6 +32,7 @@ _MIGRATION: Final = (
     "CREATE TABLE migration (number INTEGER PRIMARY KEY, script TEXT NOT NULL, result TEXT NOT NULL) STRICT"
 )
 _BUSY_TIMEOUT_MS: Final = 5  # in SQLite, blocking the event loop; the rest of the wait is trio's
+PATIENCE_S: Final = 120.0  # with another process; a disk at its limit takes tens of seconds for a sync
 _FIRST_PAUSE_S: Final = 0.001
 _LONGEST_PAUSE_S: Final = 0.05
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -183,7 +184,7 @@ class Database:
         application_id: int,
         *,
         point: Callable[[str], None],
-        patience_s: float = 30.0,
+        patience_s: float = PATIENCE_S,
     ) -> Self:
         """Open a state file, making it if there is none, and bring it to this version's schema.
 

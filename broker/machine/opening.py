@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from broker.machine.database import APPLICATION_ID, Database
+from broker.machine.database import APPLICATION_ID, PATIENCE_S, Database
 from broker.machine.definition import Machine
 from broker.machine.engine import Engine, Resume, check_setting
 from broker.machine.hooks import Hooks
@@ -33,7 +33,7 @@ async def open_engine(
     clock: Callable[[], float] = time.time,
     rng: random.Random | None = None,
     poll_s: float = 0.1,
-    patience_s: float = 30.0,
+    patience_s: float = PATIENCE_S,
     application_id: int = APPLICATION_ID,
 ) -> AsyncIterator[Engine]:
     """Open the state file, resume what dead processes left, and give the engine; stop it at the end of the block.
